@@ -33,11 +33,11 @@ class TrainSettings:
     """What the optimizer does; `steps` is fixed before the first step."""
 
     steps: int
-    batch: int = 16
+    batch: int = 8
     block: int = 256
     lr: float = 3e-3
     lr_end: float = 1e-4
-    warmup: int = 100
+    warmup: int = 200
     weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 0
