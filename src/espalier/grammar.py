@@ -1,0 +1,216 @@
+"""What names in models mean: strings in, roles out; the only file that holds model names.
+
+A role is read from the path inside one repeated block ("attention.self.query", "mlp.fc1"): the
+parent names say whether it stands in attention, cross attention or the feed-forward part, the last
+name says what it computes. Inside attention, whatever is not q, k, v or o is `attention.extra`
+(latent down-projections, position projections, global twins).
+How a fused host lays out its rows is never guessed: `FUSED` lists the classes whose code was read.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+HOST_ROLES = (
+    *("attention." + part for part in ("q", "k", "v", "qkv", "kv", "o", "extra")),
+    *("cross." + part for part in ("q", "k", "v", "qkv", "kv", "o", "extra")),
+    *("ffn." + part for part in ("in", "gate", "gate_in", "out")),
+    *("router", "norm", "embedding", "embedding.extra", "pooler", "head", "conv", "other"),
+)
+SPANS = ("attention", "cross", "ffn", "block")
+ROLES = (*SPANS, *HOST_ROLES)
+
+# Which fused role holds which slices, in the order of their rows.
+SLICES = {"qkv": ("q", "k", "v"), "kv": ("k", "v"), "gate_in": ("gate", "in")}
+
+CROSS = re.compile(r"cross|encdec|encoder_attn|encoder_decoder_att|^attn2$|^multihead_attn$", re.I)
+ATTENTION = re.compile(r"att(ention|n)|^mixer\.?attn", re.I)
+FFN = re.compile(
+    r"^(mlp|ffn?s?|net|feed_?forward\w*|densereludense|\w*experts?|\w*mlp|\w*moe)$", re.I
+)
+# Norms and dropouts named after their neighbour ("attn_norm") do not open a context.
+_NOT_CONTEXT = re.compile(r"norm|drop|scale$", re.I)
+
+_AFTER = r"(?:_?(?:proj|lin|linear|head|attn|b_proj|projection|layer))?"
+_BEFORE = r"(?:to_|linear_|project_|w_?)?"
+
+
+def _leaf(stems: str) -> re.Pattern[str]:
+    return re.compile(f"{_BEFORE}(?:{stems}){_AFTER}", re.I)
+
+
+_ATTENTION_LEAVES = (
+    ("qkv", re.compile(r"c_attn|w_pack|in_proj", re.I)),
+    ("qkv", _leaf("qkv|query_key_value|q_k_v")),
+    ("kv", _leaf("kv|key_value")),
+    ("q", _leaf("q|query|queries")),
+    ("k", _leaf("k|key|keys")),
+    ("v", _leaf("v|value|values")),
+    (
+        "o",
+        re.compile(
+            r"(?:to_)?o(?:ut|utput)?(?:_(?:proj|lin|linear|projection))?|to_out\.0|c_proj|dense|"
+            r"(?:output|out)\.(?:dense|proj)|proj|projection|wo|post_proj|linear_out|final_linear",
+            re.I,
+        ),
+    ),
+)
+# Side structures of an attention whose own q and k are not the attention's.
+_ASIDE = re.compile(r"indexer|compressor|pos(ition)?|rel(ative)?_(?!att)", re.I)
+_FFN_LEAVES = (
+    ("gate_in", re.compile(r"gate_up_proj|Wi|w12|weights_in|input_linear|gate_up")),
+    ("gate", re.compile(r"gate_proj|wi_0|gate_linear|linear_gate|w1")),
+    (
+        "in",
+        re.compile(
+            r"fc_?1|lin_?1|linear_?1|linear_fc1|layer_1|wi|wi_1|up_proj|c_fc|fc_in|w3|linear_in|"
+            r"(?:intermediate\.)?dense_?1|dense_h_to_4h|intermediate(?:\.dense|_dense)?|0|0\.proj|"
+            r"ffw_layer_1|pwconv1|dense_in"
+        ),
+    ),
+    (
+        "out",
+        re.compile(
+            r"fc_?2|lin_?2|linear_?2|linear_fc2|layer_2|wo|Wo|w2|down_proj|c_proj|fc_out|[1-9]|"
+            r"dense_?2|dense_4h_to_h|output(?:\.dense|_dense|_linear)?|ffw_layer_2|pwconv2|"
+            r"linear_out|dense_out"
+        ),
+    ),
+)
+# With no attention or feed-forward module around them.
+_BARE_FFN = (
+    ("gate_in", re.compile(r"gate_up_proj")),
+    ("gate", re.compile(r"gate_proj")),
+    (
+        "in",
+        re.compile(r"fc1|linear_?1|lin1|pwconv1|ffn|intermediate(\.|_)dense|up_proj"),
+    ),
+    ("out", re.compile(r"fc2|linear_?2|lin2|pwconv2|ffn_output|output(\.|_)dense|down_proj")),
+)
+_BARE_ATTENTION = tuple((part, re.compile(f"{part}_proj")) for part in ("q", "k", "v", "o", "qkv"))
+_ROUTER = re.compile(r"(^|\.)(gate|router|\w*router\w*|shared_expert_gate)(\.\w+)?$")
+_HEAD = re.compile(
+    r"(^|\.)(lm_head|cls|classifier|classification_head|score|scores?_head|qa_outputs|head|heads|"
+    r"\w+_head|vocab_projector|vocab_transform|proj_out|lm_loss|logits_proj|predictions|"
+    r"\w+_predictions|(?:visual|vision|text|audio)_projection|ctc_proj)(\.|$)"
+)
+_TOKENS = re.compile(
+    r"(^|\.)(embed_tokens|word_embeddings?|wte|tok_embeddings|tokens?_embed(ding|dings)?|embed_in|"
+    r"shared|w|emb)$|^(\w+\.)?embeddings?$"
+)
+_STACKS = (
+    ("vision", re.compile(r"(^|[._])(vision|visual|image|pixel|video)([._]|$)")),
+    ("audio", re.compile(r"(^|[._])(audio|speech|acoustic)([._]|$)")),
+    ("text", re.compile(r"(^|[._])(text|language)([._]|$)")),
+)
+# Lists of blocks, also where they stand inside a stage.
+LAYERS = re.compile(r"^(\w*layers?|\w*blocks?|\d+|h)$")
+_CODER = re.compile(r"(encoder|decoder)")
+
+
+@lru_cache(maxsize=8192)
+def block_role(path: str) -> tuple[str, str]:
+    """The role of a linear at `path` inside a block, and the part of the block it belongs to."""
+    names = path.split(".")
+    for i, name in enumerate(names[:-1]):
+        if (ATTENTION.search(name) or CROSS.search(name)) and not _NOT_CONTEXT.search(name):
+            family = "cross" if any(CROSS.search(n) for n in names[:-1]) else "attention"
+            part = _attention_part(names[i + 1 :])
+            if (family, part, names[-1]) == ("cross", "qkv", "c_attn"):
+                part = "kv"  # GPT-2's cross attention has its own q_attn
+            return f"{family}.{part}", ".".join(names[: i + 1])
+    if _ROUTER.search(path):
+        return "router", ""
+    if any(FFN.match(name) for name in names[:-1]):
+        part, start = _tail(_FFN_LEAVES, names)
+        return (f"ffn.{part}" if part else "other"), ".".join(names[:start])
+    for family, table in (("ffn", _BARE_FFN), ("attention", _BARE_ATTENTION)):
+        part, start = _tail(table, names)
+        if part:
+            return f"{family}.{part}", ".".join(names[:start])
+    return "other", ""
+
+
+def _attention_part(names: list[str]) -> str:
+    if any(_ASIDE.search(name) for name in names[:-1]):
+        return "extra"
+    return _tail(_ATTENTION_LEAVES, names)[0] or "extra"
+
+
+def _tail(table: tuple[tuple[str, re.Pattern[str]], ...], names: list[str]) -> tuple[str, int]:
+    """The part named by the longest ending of the path that the table knows, and where it begins."""
+    for start in range(len(names)):
+        ending = ".".join(names[start:])
+        for part, pattern in table:
+            if pattern.fullmatch(ending):
+                return part, start
+    return "", 0
+
+
+@lru_cache(maxsize=1024)
+def outer_role(path: str) -> str:
+    """The role of a linear at `path` outside every block."""
+    if "pooler" in path:
+        return "pooler"
+    return "head" if _HEAD.search(path) else "other"
+
+
+@lru_cache(maxsize=1024)
+def embedding_role(path: str) -> str:
+    """`embedding` for tables of words, `embedding.extra` for positions, types and biases."""
+    return "embedding" if _TOKENS.search(path) else "embedding.extra"
+
+
+def stack_of(path: str) -> str:
+    """The stack a path names, or "" where it names none."""
+    for name, pattern in _STACKS:
+        if pattern.search(path):
+            return name
+    found = _CODER.search(path)
+    return found.group(1) if found else ""
+
+
+def names_a_part(name: str) -> bool:
+    """Whether a list's own name says what its members do ("attentions", "ffns")."""
+    return bool(ATTENTION.search(name) or CROSS.search(name) or FFN.match(name))
+
+
+def is_head(path: str) -> bool:
+    """Whether a path lies in a task head."""
+    return bool(_HEAD.search(path))
+
+
+# The one table of exceptions: classes of transformers whose forward was read.
+#   split    rows are [q | k | v] (or [k | v], [gate | in]), each contiguous
+#   grouped  rows are per key-value head: its queries, its key, its value (NeoX, BLOOM: one each)
+# Not listed on purpose: CodeGen (q, v, k in four shards), Phi-4's audio feed-forward (up before
+# gate), GPT-BigCode's cross attention.
+_SPLIT = (
+    "GPT2 ImageGPT DecisionTransformerGPT2 Mpt Dbrx ModernBert Phi3 Phi4Multimodal Blip Blip2 "
+    "InstructBlip InstructBlipVideo VitDet SegGpt Mgpstr TimesformerSelf Sam2MultiScale "
+    "HieraMaskUnit Florence2VisionChannel Florence2VisionWindow LayoutLMv2Self SamVision "
+    "SamHQVision GotOcr2Vision SLANeXtVision DeepseekOcr2SamVision UnlimitedOcrSamVision "
+    "PPFormulaNetVision PPOCRV5MobileRec PPOCRV5ServerRec PPOCRV6SmallRec Vision Qwen2_5_VLVision "
+    "Qwen3VLVision Qwen3VLMoeVision Qwen3_5Vision Qwen3_5MoeVision Qwen3OmniMoeVision Glm4vVision "
+    "Glm4vMoeVision GlmOcrVision GlmImageVision Glm5NextVision Ernie4_5_VLMoeVision "
+    "CohereCompassVision Exaone4_5_Vision GraniteSpeechConformer GraniteSpeechPlusConformer"
+)
+_SPLIT_MLP = (
+    "Phi3MLP Phi4MultimodalMLP GlmMLP Glm4MLP Glm4vTextMLP GlmOcrTextMLP GlmImageTextMLP DiaMLP "
+    "EsmFold2SwiGLU Dots3NoteAudioMLP MiniMaxM3VLDenseMLP ModernBertMLP ModernBertDecoderMLP "
+    "GraniteMoeSharedMLP GraniteMoeHybridMLP GraniteMoeSWAMLP"
+)
+_GROUPED = "GPTNeoX GPTNeoXJapanese Bloom Persimmon Falcon GPTBigCode MiniMaxLightning"
+FUSED = {
+    **{name + "Attention": "split" for name in _SPLIT.split()},
+    **{name: "split" for name in _SPLIT_MLP.split()},
+    **{name + "Attention": "grouped" for name in _GROUPED.split()},
+    "Attention": "split",  # OpenAI's first GPT
+    "DisentangledSelfAttention": "grouped",  # DeBERTa's in_proj
+}
+# Their key-value count says less than their class: one key and value for every query head.
+ONE_EACH = {"GPTNeoXAttention", "GPTNeoXJapaneseAttention", "BloomAttention", "PersimmonAttention",
+            "MiniMaxLightningAttention", "DisentangledSelfAttention"}  # fmt: skip
+# Decoders of one stack that neither their paths nor an `is_causal` attribute give away.
+CAUSAL_CLASS = re.compile(r"CausalLM|LMHead|GPT|Bloom|Mpt|CodeGen|Mamba|Rwkv|XGLM|CTRL|Zamba|xLSTM")

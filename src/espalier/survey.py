@@ -1,0 +1,401 @@
+"""Reads a model once and lists its sites.
+
+One walk over the modules finds hosts and repeated blocks; `grammar` names each host from its path
+inside the block; sizes come from module attributes, never from a weight that may be packed.
+A block is a numbered child with children of its own. Where numbered children of one class sit
+inside a numbered child (Swin's stages), the inner ones are the blocks and layers run on over stages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from . import grammar
+from .places import Conv, Notes, Rows, Site, Sites
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Wrappers that pass attribute access through: their inner name is left out of every path.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_OURS = "espalier"  # the reserved child that holds deltas
+_BITS = {"Linear4bit": 4, "LinearNF4": 4, "LinearFP4": 4, "Linear8bitLt": 8}
+
+
+@dataclass(slots=True, eq=False)
+class _Block:
+    path: str
+    container: str
+    index: int
+    module: nn.Module
+    above: _Block | None
+    stage: bool = False  # holds blocks itself, so is none
+    real: bool = False  # something in it has a role
+    layer: int | None = None
+    stack: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class _Found:
+    path: str
+    module: nn.Module
+    kind: str
+    block: _Block | None
+    role: str = ""
+    part: str = ""
+    rows: tuple[tuple[str, Rows], ...] = ()
+
+
+@dataclass(slots=True)
+class _Survey:
+    model: nn.Module
+    hosts: list[_Found] = field(default_factory=list)
+    blocks: list[_Block] = field(default_factory=list)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    bare: list[tuple[str, str]] = field(default_factory=list)
+    unknown: dict[str, str] = field(default_factory=dict)
+    kinds: dict[type, str] = field(default_factory=dict)
+
+
+def survey(model: nn.Module) -> Sites:
+    """Every site of a model, in model order."""
+    work = _Survey(model)
+    _walk(work, model, "", None, {id(model)})
+    _name(work)
+    stacks = _number(work)
+    for host in work.hosts:
+        _divide(work, host)
+    found = list(_emit(work))
+    notes = Notes(type(_unwrap(model)).__name__, stacks, work.unknown, tuple(work.bare))
+    return Sites(found, notes)
+
+
+def _unwrap(module: nn.Module) -> nn.Module:
+    while True:
+        inner = next((module._modules[w] for w in _WRAPPERS if w in module._modules), None)
+        if inner is None:
+            return module
+        module = inner
+
+
+def _walk(work: _Survey, module: nn.Module, path: str, block: _Block | None, seen: set) -> None:
+    module = _unwrap(module)
+    work.modules[path] = module
+    kind = work.kinds.get(type(module))
+    if kind is None:
+        kind = work.kinds[type(module)] = _kind(module)
+    if kind == "norm" and not _norm_width(module):
+        kind = "none"
+    if kind not in ("none", "bypass"):
+        work.hosts.append(_Found(path, module, kind, block))
+        return
+    if kind == "bypass":
+        work.bare.append((path, type(module).__name__))
+        return
+    for name, tensor in module._parameters.items():
+        if tensor is not None and sum(size > 1 for size in tensor.shape) > 1:
+            work.bare.append((_join(path, name), "bare parameter"))
+    for name, child in module._modules.items():
+        if child is None or id(child) in seen or name == _OURS:
+            continue
+        seen.add(id(child))
+        inner = _block_at(work, module, path, name, block) if name.isdigit() else block
+        _walk(work, child, _join(path, name), inner, seen)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _block_at(
+    work: _Survey, container: nn.Module, path: str, name: str, above: _Block | None
+) -> _Block | None:
+    child = _unwrap(container._modules[name])  # type: ignore[arg-type]
+    if not child._modules or grammar.is_head(path) or _kind(child) != "none":
+        return above
+    if above is not None:
+        if not grammar.LAYERS.match(path.rpartition(".")[2]):
+            return above
+        if len({type(_unwrap(m)) for m in container._modules.values() if m is not None}) > 1:
+            return above  # T5 keeps its attention and feed-forward in such a list
+        above.stage = True
+    block = _Block(_join(path, name), path, int(name), child, above)
+    work.blocks.append(block)
+    return block
+
+
+def _kind(module: nn.Module) -> str:
+    from torch import nn
+
+    name = type(module).__name__
+    if isinstance(module, nn.Linear) or (
+        name.endswith("Linear") and isinstance(getattr(module, "out_features", None), int)
+    ):
+        return "bypass" if "Group" in name else "linear"
+    if name == "Conv1D" and hasattr(module, "nf"):
+        return "conv1d"
+    if isinstance(module, nn.Conv2d):
+        return "conv2d"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    # These multiply by their weights themselves, so nothing would pass through a seat on a child.
+    if isinstance(module, nn.MultiheadAttention | nn.RNNBase | nn.modules.conv._ConvNd):
+        return "bypass"
+    return "norm" if "Norm" in name and not module._modules else "none"
+
+
+def _norm_width(module: nn.Module) -> int:
+    weight = module._parameters.get("weight")
+    return int(weight.shape[0]) if weight is not None and weight.dim() == 1 else 0
+
+
+def _widths(host: _Found) -> tuple[int, int]:
+    m: Any = host.module
+    if host.kind == "linear":
+        return m.in_features, m.out_features
+    if host.kind == "conv1d":
+        return m.nx, m.nf
+    if host.kind == "conv2d":
+        return m.in_channels, m.out_channels
+    if host.kind == "embedding":
+        return m.num_embeddings, m.embedding_dim
+    return _norm_width(m), _norm_width(m)
+
+
+# ------------------------------------------------------------------------------ names and numbers
+
+
+def _name(work: _Survey) -> None:
+    model: Any = _unwrap(work.model)
+    prefix = getattr(model, "base_model_prefix", "")
+    backbone = f"{prefix}." if prefix and prefix in model._modules else ""
+    words = _word_tables(model)
+    for host in work.hosts:
+        block = host.block
+        if block is not None and block.stage:
+            block = host.block = None
+        if host.kind in ("linear", "conv1d"):
+            if block is not None:
+                block.real = True
+                host.role, host.part = _role_in(block, host.path)
+            elif backbone and not host.path.startswith(backbone) and "pooler" not in host.path:
+                host.role = "head"
+            else:
+                host.role = grammar.outer_role(host.path)
+        elif host.kind == "embedding":
+            known = id(host.module) in words
+            host.role = "embedding" if known else grammar.embedding_role(host.path)
+        else:
+            host.role = {"conv2d": "conv", "norm": "norm"}[host.kind]
+    ways_in = {(h.block, h.part) for h in work.hosts if h.role == "ffn.in"}
+    for host in work.hosts:
+        if host.role == "ffn.gate" and (host.block, host.part) not in ways_in:
+            host.role = "ffn.in"  # a w1 without a w3
+
+
+def _word_tables(model: Any) -> set[int]:
+    """The input embedding, where a transformers model says which it is."""
+    try:
+        return {id(_unwrap(model.get_input_embeddings()))}
+    except (AttributeError, NotImplementedError, TypeError):
+        return set()
+
+
+def _role_in(block: _Block, path: str) -> tuple[str, str]:
+    # XLM keeps its attentions and feed-forwards in lists of their own, whose name is the context.
+    leaf = block.container.rpartition(".")[2]
+    before = f"{leaf}." if grammar.names_a_part(leaf) else ""
+    role, part = grammar.block_role(before + path[len(block.path) + 1 :])
+    return role, f"{block.path}.{part}"
+
+
+def _number(work: _Survey) -> tuple[str, ...]:
+    """Gives blocks their layer and stack; the stacks in model order."""
+    counts: dict[str, int] = {}
+    blocks = [block for block in work.blocks if not block.stage and block.real]
+    for block in blocks:
+        root = block
+        while root.above is not None:
+            root = root.above
+        if root is block:
+            block.layer = block.index
+        else:
+            block.layer = counts.get(root.container, 0)
+            counts[root.container] = block.layer + 1
+        block.stack = grammar.stack_of(block.container)
+    named = dict.fromkeys(block.stack for block in blocks)
+    if len(named) < 2:
+        named = {_single_stack(work, blocks): None}
+        for block in blocks:
+            block.stack = next(iter(named))
+    elif "" in named and named.keys() & {"vision", "audio"}:
+        for block in blocks:
+            block.stack = block.stack or "text"
+        named = dict.fromkeys(block.stack for block in blocks)
+    for host in work.hosts:
+        if host.block is not None and host.block.layer is None:
+            host.block = None
+    return tuple(name for name in named if name)
+
+
+def _single_stack(work: _Survey, blocks: list[_Block]) -> str:
+    model: Any = _unwrap(work.model)
+    fed = getattr(model, "main_input_name", "input_ids")
+    if fed == "pixel_values":
+        return "vision"
+    if fed in ("input_values", "input_features"):
+        return "audio"
+    if not blocks or not hasattr(model, "config"):
+        return blocks[0].stack if blocks else ""
+    if any(getattr(module, "is_causal", False) for module in blocks[0].module.modules()):
+        return "decoder"
+    if grammar.CAUSAL_CLASS.search(type(model).__name__):
+        return "decoder"
+    return blocks[0].stack or "encoder"
+
+
+# ------------------------------------------------------------------------------------ fused hosts
+
+
+def _divide(work: _Survey, host: _Found) -> None:
+    """Finds the rows of each slice of a fused host, or notes why they are not known."""
+    family, _, part = host.role.partition(".")
+    if part not in grammar.SLICES:
+        return
+    owner = work.modules[host.path.rpartition(".")[0]]
+    n_out = _widths(host)[1]
+    slices = _rows(owner, part, n_out)
+    if slices is None:
+        work.unknown[host.path] = f"how {type(owner).__name__} lays out its rows is not known"
+        return
+    names = (f"{family}.{name}" for name in grammar.SLICES[part])
+    host.rows = tuple(zip(names, slices, strict=True))
+
+
+def _rows(owner: Any, part: str, n_out: int) -> tuple[Rows, ...] | None:
+    classes = [c.__name__ for c in type(owner).__mro__ if c.__module__.startswith("transformers.")]
+    layout = next((grammar.FUSED[name] for name in classes if name in grammar.FUSED), None)
+    heads = _count(owner, "num_heads", "num_attention_heads", "n_heads", "n_head") or 1
+    if part == "kv" and hasattr(owner, "qk_nope_head_dim"):
+        # Latent attention: per head the position-free part of its key, then its value.
+        return _cut(heads, (owner.qk_nope_head_dim, owner.v_head_dim), n_out)
+    if layout is None:
+        return None
+    if part != "qkv":
+        half = n_out // 2
+        return _cut(1, (half, half), n_out)
+    kv = _count(owner, "num_kv_heads", "num_key_value_heads", "kv_heads") or heads
+    if not grammar.ONE_EACH.isdisjoint(classes):
+        kv = heads
+    size = n_out // (heads + 2 * kv)
+    stated = _count(owner, "head_dim", "head_size", "attention_head_size")
+    if stated and heads > 1 and stated != size:
+        return None
+    if layout == "grouped":
+        return _cut(kv, (heads // kv * size, size, size), n_out)
+    return _cut(1, (heads * size, kv * size, kv * size), n_out)
+
+
+def _cut(groups: int, sizes: tuple[int, ...], n_out: int) -> tuple[Rows, ...] | None:
+    width = sum(sizes)
+    if groups * width != n_out:
+        return None
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return tuple(Rows(groups, width, a, a + s) for a, s in zip(starts, sizes, strict=True))
+
+
+def _count(owner: Any, *names: str) -> int | None:
+    for holder in (owner, getattr(owner, "config", None)):
+        for name in names:
+            value = getattr(holder, name, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+    return None
+
+
+# ------------------------------------------------------------------------------------------ sites
+
+
+def _emit(work: _Survey) -> Iterator[Site]:
+    parts: dict[tuple[str, str], list[_Found]] = {}
+    in_block: dict[_Block, list[_Found]] = {}
+    for host in work.hosts:
+        if host.block is not None:
+            in_block.setdefault(host.block, []).append(host)
+            parts.setdefault((host.role.partition(".")[0], host.part), []).append(host)
+    tied = _ties(work)
+    stacks = {block.stack for block in in_block}
+    only = next(iter(stacks)) if len(stacks) == 1 else None
+    begun: set[_Block] = set()
+    for host in work.hosts:
+        block = host.block
+        if block is not None and block not in begun:
+            begun.add(block)
+            if not grammar.names_a_part(block.container.rpartition(".")[2]):
+                width = _block_width(in_block[block])
+                at = (block.path, "block", block.layer, block.stack)
+                yield Site("block", *at, width, width, enter=block.path)
+        stack = grammar.stack_of(host.path) if only is None else only
+        site = _site(host, stack if stack in stacks else "", tied.get(host.path, ()))
+        yield site
+        for role, rows in host.rows:
+            yield replace(site, role=role, n_out=rows.size, rows=rows)
+        family, _, part = site.role.partition(".")
+        if part in ("o", "out") and (enter := _enter(parts[family, host.part], host)):
+            n_in = _widths(enter)[0]
+            yield replace(site, role=family, n_in=n_in, enter=enter.path)
+
+
+def _site(host: _Found, stack: str, tied: tuple[str, ...]) -> Site:
+    n_in, n_out = _widths(host)
+    block, conv = host.block, None
+    if host.kind == "conv2d":
+        m: Any = host.module
+        conv = Conv(m.kernel_size, m.stride, m.padding, m.dilation, m.groups, m.padding_mode)
+    return Site(
+        host.role,
+        host.path,
+        host.kind,
+        None if block is None else block.layer,
+        stack if block is None else block.stack,
+        n_in,
+        n_out,
+        conv=conv,
+        tied=tied,
+        bits=_BITS.get(type(host.module).__name__),
+    )
+
+
+def _enter(part: list[_Found], out: _Found) -> _Found | None:
+    """Where the change of a span reads: the first module that sees what enters the part."""
+    wide = _widths(out)[1]
+    for tail in ("in", "gate", "gate_in", "q", "qkv", "extra", "kv", "k"):
+        for host in part:
+            # Latent attention: q_b_proj is named q, but what enters the part enters at q_a_proj.
+            if host.role.endswith("." + tail) and _widths(host)[0] == wide:
+                return host
+    return None
+
+
+def _block_width(hosts: list[_Found]) -> int:
+    for roles in (("ffn.out", "attention.o"), ("norm",), ("other", "attention.extra")):
+        for host in reversed(hosts):
+            if host.role in roles:
+                return _widths(host)[1]
+    return _widths(hosts[-1])[1]
+
+
+def _ties(work: _Survey) -> dict[str, tuple[str, ...]]:
+    holders: dict[int, list[str]] = {}
+    for host in work.hosts:
+        weight = host.module._parameters.get("weight")
+        if weight is not None:
+            holders.setdefault(id(weight), []).append(host.path)
+    return {
+        path: tuple(other for other in paths if other != path)
+        for paths in holders.values()
+        if len(paths) > 1
+        for path in paths
+    }
