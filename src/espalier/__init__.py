@@ -1,0 +1,67 @@
+"""Espalier: parameter-efficient fine-tuning, every method freely combined.
+
+    import espalier as esp
+    esp.attach(model, esp.LoRA(rank=8), name="mail")     # the base is frozen, the adapter trains
+    optimiser = torch.optim.AdamW(esp.parameters(model))
+    esp.save(model, "mail", "out/mail")
+
+Importing this package is light: torch and transformers load when a name is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from espalier.accounting import account
+    from espalier.checkpoint import load, read_card, save
+    from espalier.deltas import Delta, Method, Recipe, Trained, recipe
+    from espalier.folding import merge, unmerge
+    from espalier.graft import activate, active, attach, dead_sites, detach, groups, parameters
+    from espalier.methods.full import FullTuning
+    from espalier.methods.head import HeadOnly
+    from espalier.methods.lora import LoRA
+    from espalier.places import Site, Sites, sites
+    from espalier.training import RunConfig, RunResult, fit, train
+
+__version__ = "0.1.0"
+
+_HOME = {
+    **dict.fromkeys(("Site", "Sites", "sites"), "places"),
+    **dict.fromkeys(("Delta", "Method", "Recipe", "Trained", "recipe"), "deltas"),
+    **dict.fromkeys(
+        ("activate", "active", "attach", "dead_sites", "detach", "groups", "parameters"), "graft"
+    ),
+    **dict.fromkeys(("load", "read_card", "save"), "checkpoint"),
+    **dict.fromkeys(("merge", "unmerge"), "folding"),
+    "account": "accounting",
+    **dict.fromkeys(("RunConfig", "RunResult", "fit", "train"), "training"),
+}
+
+# One literal list, so that type checkers and editors see it; methods are found by their files.
+__all__ = [
+    "Delta", "FullTuning", "HeadOnly", "LoRA", "Method", "Recipe", "RunConfig", "RunResult",
+    "Site", "Sites", "Trained", "account", "activate", "active", "attach", "dead_sites", "detach",
+    "fit", "groups", "load", "merge", "parameters", "read_card", "recipe", "save", "sites",
+    "train", "unmerge",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"espalier.{_HOME[name]}"), name)
+    elif name[:1].isupper():
+        from espalier.deltas import methods
+
+        if name not in methods():
+            raise AttributeError(f"espalier has no {name!r}")
+        value = methods()[name]
+    else:
+        raise AttributeError(f"espalier has no {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, "__version__"})

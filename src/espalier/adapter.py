@@ -1,0 +1,192 @@
+"""A named recipe attached to a model: all its trained numbers in one or two flat buffers.
+
+The optimiser, saving, loading and moving touch a flat tensor; each delta sees views of it. The
+views come from one autograd function whose backward lays their gradients side by side, so that a
+backward pass fills one gradient per buffer however many sites there are, and nothing is rebuilt
+from step to step. Matrices and vectors have separate buffers: weight decay is for matrices only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from espalier.deltas import Delta, Recipe, Trained
+
+KINDS = ("matrices", "vectors")
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """Where one trained tensor lies in its buffer, and which deltas use it."""
+
+    label: str  # unique within the adapter, the tensor's name in files
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    users: list[tuple[Delta, str]] = field(default_factory=list)
+
+    def of(self, flat: Tensor) -> Tensor:
+        """This slot's part of a flat tensor, in its shape."""
+        return flat[self.start : self.stop].view(self.shape)
+
+
+class _Views(torch.autograd.Function):
+    """Flat buffer (N,) → one view per slot; their gradients come back as one flat tensor.
+
+    The outputs share the buffer's memory without being autograd's views of it: an optimiser may
+    change the buffer in place and they stay valid, graph and all. Nothing is saved for backward,
+    so the same node serves every backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, slots: Sequence[Slot]) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.slots = slots
+        return tuple(slot.of(flat.data) for slot in slots)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        some = next((g for g in grads if g is not None), None)
+        if some is None:
+            return None, None
+        pairs = zip(ctx.slots, grads, strict=True)
+        parts = [
+            some.new_zeros(slot.stop - slot.start) if grad is None else grad.reshape(-1)
+            for slot, grad in pairs
+        ]
+        return torch.cat(parts), None
+
+
+class Adapter(nn.Module):
+    """One named recipe's deltas and their numbers.
+
+    Args:
+        name: The name a person gave; any text.
+        recipe: What the deltas were built from.
+        deltas: (label, delta) in the order in which they act; labels are unique.
+        head: Paths of the task head's modules that are trained and saved with it.
+        device: Where the buffers lie.
+        dtype: Their type; fp32 unless asked otherwise.
+        fresh: Start the numbers as the methods say, not at zero.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        recipe: Recipe,
+        deltas: Iterable[tuple[str, Delta]],
+        head: tuple[str, ...],
+        device: torch.device,
+        dtype: torch.dtype,
+        fresh: bool = True,
+    ) -> None:
+        super().__init__()
+        self.name, self.recipe, self.head = name, recipe, head
+        self.deltas: list[Delta] = []
+        self.slots: dict[str, list[Slot]] = {kind: [] for kind in KINDS}
+        self.refresh: Callable[[], None] = _nothing  # told when the views were made anew
+        self._seen: tuple[object, ...] = ()
+        specs = self._lay_out(deltas)
+        for kind, slots in self.slots.items():
+            if not slots:
+                continue
+            flat = nn.Parameter(torch.zeros(slots[-1].stop, dtype=dtype, device=device))
+            self.register_parameter(kind, flat)
+            with torch.no_grad():
+                for slot in slots:
+                    init = specs[slot.label].init
+                    if fresh and init is not None:
+                        init(slot.of(flat.data))
+        for spec in specs.values():
+            spec.init = None  # it may hold on to the base's tensors
+        self.sync()
+
+    def _lay_out(self, deltas: Iterable[tuple[str, Delta]]) -> dict[str, Trained]:
+        known: dict[int, Slot] = {}
+        specs: dict[str, Trained] = {}
+        for label, delta in deltas:
+            self.deltas.append(delta)
+            for key, spec in delta.trained.items():
+                slot = known.get(id(spec))
+                if slot is None:
+                    slots = self.slots["matrices" if spec.decays else "vectors"]
+                    start = slots[-1].stop if slots else 0
+                    name = f"{label}/{key}"
+                    slot = Slot(name, spec.shape, start, start + math.prod(spec.shape))
+                    slots.append(slot)
+                    known[id(spec)] = slot
+                    specs[name] = spec
+                slot.users.append((delta, key))
+        return specs
+
+    @property
+    def flat(self) -> dict[str, nn.Parameter]:
+        """The flat buffers by kind; every trained number of the adapter is in one of them."""
+        flats = ((kind, self._parameters.get(kind)) for kind in KINDS)
+        return {kind: flat for kind, flat in flats if flat is not None}
+
+    def sync(self) -> None:
+        """Make the deltas' views anew if a buffer was moved, replaced, frozen or thawed."""
+        flats = self.flat
+        seen = tuple(
+            item for p in flats.values() for item in (id(p), p.data_ptr(), p.requires_grad)
+        )
+        if seen == self._seen:
+            return
+        with torch.inference_mode(False), torch.enable_grad():
+            for kind, flat in flats.items():
+                views = _Views.apply(flat, self.slots[kind])
+                for slot, view in zip(self.slots[kind], views, strict=True):
+                    for delta, key in slot.users:
+                        delta.t[key] = view
+        self._seen = seen
+        self.refresh()
+
+    def named(self) -> Iterable[tuple[str, Tensor]]:
+        """(label, numbers) of every slot, detached, sharing memory with the buffers."""
+        for kind, flat in self.flat.items():
+            for slot in self.slots[kind]:
+                yield slot.label, slot.of(flat.detach())
+
+    def dead(self) -> list[str]:
+        """Labels of the deltas none of whose numbers got a gradient other than zero."""
+        alive: set[int] = set()
+        for kind, flat in self.flat.items():
+            if flat.grad is not None:
+                for slot in self.slots[kind]:
+                    if slot.of(flat.grad).count_nonzero():
+                        alive.update(id(delta) for delta, _ in slot.users)
+        dead = {
+            slot.label.rpartition("/")[0]
+            for slots in self.slots.values()
+            for slot in slots
+            if not any(id(delta) in alive for delta, _ in slot.users)
+        }
+        return sorted(dead)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
+        super()._apply(fn, recurse)
+        self.sync()
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
+        from copy import deepcopy
+
+        copy = self.__new__(type(self))
+        memo[id(self)] = copy
+        copy.__dict__.update({k: deepcopy(v, memo) for k, v in self.__dict__.items()})
+        copy._seen = ()  # its graft, or its first forward, makes the views
+        return copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_seen": ()}  # a restored adapter makes its views on first use
+
+
+def _nothing() -> None:
+    """What `refresh` does before the adapter stands in a model."""

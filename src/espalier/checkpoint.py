@@ -1,0 +1,235 @@
+"""Adapters on disk: one safetensors file with the recipe in its header, and a JSON to read.
+
+    folder/adapter.safetensors   the numbers, and everything needed to attach them again
+    folder/adapter.json          the same card for people and other programs
+
+The card says what the adapter is (recipe, head), which base it was trained on (name, class, a few
+of its values), and whatever a trainer wants to travel with it (`extras`: labels, chat template, …).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from espalier import container, identity
+from espalier.adapter import Adapter
+from espalier.container import Container
+from espalier.deltas import Recipe
+from espalier.errors import CheckpointError
+from espalier.graft import Graft, find, get, install, prepare
+
+WEIGHTS = "adapter.safetensors"
+CARD = "adapter.json"
+PEFT_CONFIG = "adapter_config.json"
+FORMAT = 1
+
+
+def save(
+    model: nn.Module,
+    name: str,
+    folder: str | Path,
+    *,
+    format: Literal["espalier", "peft"] = "espalier",
+    extras: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write an adapter into a folder; returns the folder.
+
+    Args:
+        model: A model with adapters.
+        name: Which of them.
+        folder: Made if need be. Files appear whole or not at all.
+        format: "espalier", or "peft" for a folder that huggingface/peft and vLLM read.
+        extras: JSON data to keep in the card.
+
+    Raises:
+        AdapterError: No such adapter, or one is merged into the base.
+        CheckpointError: The folder cannot be written, or PEFT has no form for this adapter.
+        SettingError: An unknown format.
+    """
+    adapter = get(model, name)
+    find(model).refuse_merged()
+    folder = Path(folder)
+    if format == "peft":
+        from espalier.interop.peft import write_peft
+
+        write_peft(model, adapter, folder)
+    elif format == "espalier":
+        card = _card(model, adapter, extras or {})
+        text = json.dumps(card, ensure_ascii=False)
+        flats = adapter.flat.values()
+        container.write(folder / WEIGHTS, adapter.named(), flats, {"espalier": text})
+        pretty = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
+        container.replace(folder / CARD, (pretty.encode(),))
+    else:
+        from espalier.errors import SettingError
+
+        raise SettingError(f"format is 'espalier' or 'peft', not {format!r}")
+    return folder
+
+
+def _card(model: nn.Module, adapter: Adapter, extras: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "recipe": adapter.recipe.to_json(),
+        "head": list(adapter.head),
+        "base": identity.of(model, without=adapter.head),
+        "trained": sum(flat.numel() for flat in adapter.flat.values()),
+        "extras": dict(extras),
+    }
+
+
+def read_card(folder: str | Path) -> dict[str, Any]:
+    """The card of a saved adapter: its recipe, head, base and extras.
+
+    Raises:
+        CheckpointError: The folder holds no adapter of ours, or a damaged one.
+    """
+    return _read(Path(folder))[1]
+
+
+def _read(folder: Path) -> tuple[Container, dict[str, Any]]:
+    opened = container.open_file(_weights_in(folder))
+    text = opened.metadata.get("espalier")
+    if text is None:
+        raise CheckpointError(f"{opened.path} is a safetensors file but no adapter of Espalier's")
+    card = json.loads(text)
+    if card["format"] > FORMAT:
+        raise CheckpointError(
+            f"{opened.path} has format {card['format']}, this Espalier reads up to {FORMAT}; "
+            "pip install -U espalier"
+        )
+    return opened, card
+
+
+def _weights_in(folder: Path) -> Path:
+    if folder.is_file():
+        return folder
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}")
+    if (folder / WEIGHTS).is_file():
+        return folder / WEIGHTS
+    for inner in ("adapter",):  # a run folder
+        if (folder / inner / WEIGHTS).is_file():
+            return folder / inner / WEIGHTS
+    names = sorted(entry.name for entry in folder.iterdir())
+    pickles = [n for n in names if n.endswith(container.PICKLES)]
+    if pickles:
+        return folder / pickles[0]  # refused by name when opened
+    listing = ", ".join(names[:8]) or "nothing"
+    raise CheckpointError(f"{folder} holds no {WEIGHTS}; it holds {listing}")
+
+
+def load(
+    model: nn.Module,
+    folder: str | Path,
+    name: str | None = None,
+    *,
+    trainable: bool = False,
+    check_base: bool = True,
+) -> str:
+    """Attach a saved adapter and make it the active one; returns its name.
+
+    Args:
+        model: The base that it was trained on; it may hold other adapters.
+        folder: Espalier's or PEFT's folder, a run folder, or a hub id ("owner/name").
+        name: The name to attach it under; the folder's own by default.
+        trainable: Go on training it.
+        check_base: Compare the base's values with those noted when it was saved.
+
+    Raises:
+        CheckpointError: Missing, damaged, foreign, or made for another base; the model is as
+            it was then.
+    """
+    path = _local(str(folder))
+    name = path.resolve().name if name is None else name
+    if (path / PEFT_CONFIG).is_file():
+        from espalier.interop.peft import read_peft
+
+        graft, adapter = read_peft(model, path, name)
+    else:
+        opened, card = _read(path)
+        if check_base:
+            identity.check(model, card["base"], opened.path)
+        graft, adapter = _rebuild(model, opened, card, name)
+    if not trainable:
+        adapter.requires_grad_(False)
+        adapter.sync()
+    install(model, graft, adapter)
+    return name
+
+
+def _rebuild(
+    model: nn.Module, opened: Container, card: dict[str, Any], name: str
+) -> tuple[Graft, Adapter]:
+    """The adapter of a card, filled with the file's numbers, not yet in the model."""
+    recipe = Recipe.from_json(card["recipe"])
+    known = dict(model.named_modules())
+    lacking = [path for path in card["head"] if path not in known]
+    if lacking:
+        raise CheckpointError(
+            f"{opened.path} brings a task head at {', '.join(lacking)}, which this "
+            f"{type(model).__name__} lacks; it was trained on a {card['base']['class']}"
+        )
+    dtypes = {entry.dtype for entry in opened.entries.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    head = card["head"] or False
+    graft, adapter = prepare(model, recipe, name, head=head, dtype=dtype, fresh=False)
+    _compare(adapter, opened, card)
+    for kind, flat in adapter.flat.items():
+        slots = adapter.slots[kind]
+        first = opened.entries[slots[0].label].start
+        entries = [opened.entries[slot.label] for slot in slots]
+        in_order = all(
+            entry.start - first == slot.start * flat.element_size() and entry.dtype == flat.dtype
+            for entry, slot in zip(entries, slots, strict=True)
+        )
+        with torch.no_grad():
+            if in_order and flat.device.type == "cpu":
+                opened.read(first, entries[-1].stop, flat.data)
+            else:
+                for slot in slots:
+                    slot.of(flat.data).copy_(opened.tensor(slot.label))
+    return graft, adapter
+
+
+def _compare(adapter: Adapter, opened: Container, card: dict[str, Any]) -> None:
+    """Strict keys: the file and the adapter that its recipe builds here must agree exactly."""
+    wanted = {s.label: s.shape for slots in adapter.slots.values() for s in slots}
+    held = {name: entry.shape for name, entry in opened.entries.items()}
+    problems = [f"{n} is missing in the file" for n in wanted if n not in held]
+    problems += [f"{n} has no place in this model" for n in held if n not in wanted]
+    problems += [
+        f"{n} has shape {held[n]} in the file, {shape} here"
+        for n, shape in wanted.items()
+        if n in held and held[n] != shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"{opened.path} does not fit this model: {'; '.join(problems[:3])}{more}. It was "
+            f"trained on {card['base']['name'] or 'an unnamed base'} ({card['base']['class']})"
+        )
+
+
+def _local(folder: str) -> Path:
+    """A local folder; a hub id is fetched (safetensors and JSON only)."""
+    path = Path(folder)
+    if path.exists() or folder.count("/") != 1 or folder.startswith((".", "/", "~")):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(folder, allow_patterns=["*.safetensors", "*.json"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"there is no folder {folder}, and the hub did not give it: {type(error).__name__}"
+        ) from error
+
+

@@ -1,0 +1,140 @@
+"""Merging adapters into the base's weights, and taking them out again to the exact bits.
+
+Arithmetic is fp32 with one cast at the end. The old tensors are kept, never subtracted: rounding
+makes W + Δ − Δ differ from W.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from espalier import hosts
+from espalier.deltas import Delta
+from espalier.errors import AdapterError
+from espalier.graft import Choice, Graft, detach, find, resolve
+from espalier.seat import place, take
+
+Fold = tuple[Delta, float]
+
+
+def merge(
+    model: nn.Module, choice: Choice = None, *, unload: bool = False, untie: bool = False
+) -> None:
+    """Write adapters into the base's weights, so that they cost nothing at inference.
+
+    Args:
+        model: A model with adapters.
+        choice: As for `activate`; the active ones by default.
+        unload: Keep the merged weights for good and take the merged adapters out.
+        untie: Where an adapted weight is shared by another module, give the adapted one its own
+            copy first (and say so in the model's config).
+
+    Raises:
+        AdapterError: Something cannot be merged exactly; nothing has been changed then.
+    """
+    graft = find(model)
+    live = resolve(model, graft.live and dict(graft.live) if choice is None else choice)
+    if not live:
+        raise AdapterError("no adapter is active; name the one to merge")
+    folds = _collect(graft, live)
+    modules = dict(model.named_modules())
+    _refuse(folds, modules, untie)
+    before, graft.live = graft.live, ()
+    graft.refresh()
+    undo: list[hosts.Undo] = []
+    try:
+        for path, deltas in folds.items():
+            undo += _fold(modules[path], deltas, untie)
+        if untie and any(delta.site.tied for deltas in folds.values() for delta, _ in deltas):
+            undo.append(hosts.declare_untied(model))
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        graft.live = before
+        graft.refresh()
+        raise
+    graft.merged = (undo, before)
+    if unload:
+        graft.merged = None
+        for name, _ in live:
+            detach(model, name)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put the base's exact bits back and make the adapters active that were so before the merge.
+
+    Raises:
+        AdapterError: Nothing is merged.
+    """
+    graft = find(model)
+    if graft.merged is None:
+        raise AdapterError("no adapter is merged into this model")
+    undo, before = graft.merged
+    for step in reversed(undo):
+        step()
+    graft.merged, graft.live = None, before
+    graft.refresh()
+
+
+def _collect(graft: Graft, live: tuple[tuple[str, float], ...]) -> dict[str, list[Fold]]:
+    """The deltas to fold at each host, in the order in which they act in the forward pass."""
+    folds: dict[str, list[Fold]] = {}
+    for name, weight in live:
+        for delta in graft.adapters[name].deltas:
+            folds.setdefault(delta.site.path, []).append((delta, weight))
+    return folds
+
+
+def _refuse(folds: dict[str, list[Fold]], modules: dict[str, nn.Module], untie: bool) -> None:
+    """Raise for whatever cannot be merged, before anything is touched."""
+    for path, deltas in folds.items():
+        for delta, _ in deltas:
+            if not delta.mergeable:
+                raise AdapterError(f"{type(delta).__name__} at {path} cannot be merged")
+            if delta.replaces:
+                continue
+            if delta.site.bits:
+                hosts.refuse_quantised(delta.site)
+            if delta.site.tied and not untie:
+                raise AdapterError(
+                    f"{path} shares its weight with {', '.join(delta.site.tied)}: merging would "
+                    "change both. Merge with untie=True to give it a copy of its own"
+                )
+
+
+def _fold(host: nn.Module, deltas: list[Fold], untie: bool) -> list[hosts.Undo]:
+    undo: list[hosts.Undo] = []
+    for delta, _ in deltas:
+        if delta.replaces:
+            undo += [hosts.put(host, name, value.clone()) for name, value in delta.t.items()]
+    changes = [(delta, weight) for delta, weight in deltas if not delta.replaces]
+    if not changes:
+        return undo
+    site = changes[0][0].site
+    w, b = hosts.dense(host, site), hosts.bias(host)
+    old = b
+    for delta, weight in changes:
+        w, b = _changed(delta, weight, w, b)
+    undo.append(hosts.write(host, site, w, untie and bool(site.tied)))
+    if b is not None and b is not old:
+        undo.append(hosts.put(host, "bias", b))
+    return undo
+
+
+def _changed(
+    delta: Delta, weight: float, w: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias with one delta folded in, on the rows that are the delta's."""
+    t = {key: value.detach().float() for key, value in delta.t.items()}
+    rows = delta.site.rows
+    part = w if rows is None else take(w.T, rows).T
+    part_b = b if rows is None or b is None else take(b, rows)
+    new, new_b = delta.fold(t, part, part_b)
+    if weight != 1.0:
+        new = part + weight * (new - part)
+        if new_b is not None and part_b is not None:
+            new_b = part_b + weight * (new_b - part_b)
+    if rows is None:
+        return new, new_b
+    whole_b = b if new_b is part_b or b is None or new_b is None else place(b, rows, new_b)
+    return place(w.T, rows, new.T).T, whole_b

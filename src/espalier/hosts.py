@@ -1,0 +1,99 @@
+"""How weights are stored: the one file that knows Linear, Conv1D, Conv2d, Embedding and 4/8 bits.
+
+Everything else sees a float32 weight in the orientation of `nn.Linear`, (out, in).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from espalier.errors import AdapterError
+from espalier.places import Site
+
+Undo = Callable[[], None]
+
+
+def dense(host: nn.Module, site: Site) -> Tensor:
+    """The host's weight as float32: (out, in), a kernel (out, in, kh, kw), or a table (V, D)."""
+    weight = host.get_parameter("weight")
+    if site.bits:
+        weight = _dequantised(host, weight)
+    weight = weight.detach().to(torch.float32)
+    return weight.T if site.kind == "conv1d" else weight
+
+
+def bias(host: nn.Module) -> Tensor | None:
+    """The host's bias as float32, or None."""
+    own = host._parameters.get("bias")
+    return None if own is None else own.detach().to(torch.float32)
+
+
+def write(host: nn.Module, site: Site, weight: Tensor, untie: bool = False) -> Undo:
+    """Put a float32 weight into the host, cast once; returns what restores the exact old bits.
+
+    Args:
+        host: The module.
+        site: Its site; says how the weight is stored.
+        weight: The new weight, in the orientation that `dense` gives.
+        untie: Give the host a parameter of its own if it shares its weight with another module.
+
+    Raises:
+        AdapterError: The weight is quantised: writing it back would lose most of a small change.
+    """
+    refuse_quantised(site)
+    weight = weight.T if site.kind == "conv1d" else weight
+    return put(host, "weight", weight, untie)
+
+
+def refuse_quantised(site: Site) -> None:
+    """Raise AdapterError where a weight is quantised: writing back loses most of a small change."""
+    if site.bits:
+        raise AdapterError(
+            f"{site.path} holds {site.bits}-bit weights; writing a merged weight back into "
+            f"{site.bits} bits loses most of a small change. Load the base in 16 bits and merge there"
+        )
+
+
+def declare_untied(model: nn.Module) -> Undo:
+    """Note in the model's config that its embeddings are no longer tied; returns the undo."""
+    config = getattr(model, "config", None)
+    if config is None or not getattr(config, "tie_word_embeddings", False):
+        return lambda: None
+    config.tie_word_embeddings = False
+    return lambda: setattr(config, "tie_word_embeddings", True)
+
+
+def put(host: nn.Module, name: str, value: Tensor, own: bool = False) -> Undo:
+    """Give a parameter new values in its own type; returns what restores the exact old bits.
+
+    With `own`, the host gets a parameter of its own and the shared one stays as it was.
+    """
+    parameter = host.get_parameter(name)
+    fresh = value.detach().to(parameter.device, parameter.dtype).contiguous()
+    if own:
+        host._parameters[name] = nn.Parameter(fresh, requires_grad=parameter.requires_grad)
+        return lambda: host._parameters.__setitem__(name, parameter)
+    old, parameter.data = parameter.data, fresh
+    return lambda: setattr(parameter, "data", old)
+
+
+def scaled(host: nn.Module) -> bool:
+    """Whether an embedding multiplies its rows on the way out (BART, Gemma 3, …)."""
+    return isinstance(host, nn.Embedding) and hasattr(host, "embed_scale")
+
+
+def gain(host: nn.Module) -> Tensor:
+    """What a scaled embedding multiplies its rows with."""
+    return torch.as_tensor(host.embed_scale, dtype=host.get_parameter("weight").dtype)
+
+
+def _dequantised(host: nn.Module, weight: nn.Parameter) -> Tensor:
+    import bitsandbytes.functional as bnb
+
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        return bnb.dequantize_4bit(weight.data, state)
+    return bnb.int8_vectorwise_dequant(weight.data, weight.SCB)  # type: ignore[attr-defined]

@@ -1,0 +1,64 @@
+"""Which base an adapter belongs to: its name, its class, and a few of its values.
+
+Names lie (a folder is moved, a hub entry is updated), so a handful of numbers is kept as well and
+compared when the adapter is loaded: another checkpoint of the same shape is noticed at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from espalier.errors import CheckpointError
+
+TENSORS, VALUES = 8, 4
+_SLACK = 0.02  # a base in bf16 instead of fp32 differs by 0.4 %
+
+
+def of(model: nn.Module, without: Sequence[str] = ()) -> dict[str, Any]:
+    """The base's identity as JSON data; modules in `without` (a new head) are left out."""
+    named = [
+        (name, p)
+        for name, p in model.named_parameters()
+        if not name.startswith("espalier.")
+        and name.rpartition(".")[0] not in without
+        and p.is_floating_point()
+        and p.numel() >= VALUES
+    ]
+    step = max(1, len(named) // TENSORS)
+    config = getattr(model, "config", None)
+    return {
+        "name": str(getattr(config, "_name_or_path", "") or ""),
+        "class": type(model).__name__,
+        "values": {name: _sample(p) for name, p in named[::step][:TENSORS]},
+    }
+
+
+def _sample(parameter: Tensor) -> list[float]:
+    flat = parameter.detach().view(-1)
+    at = torch.linspace(0, flat.numel() - 1, VALUES).long().to(flat.device)
+    return [float(f"{value:.6g}") for value in flat[at].float().tolist()]
+
+
+def check(model: nn.Module, base: Mapping[str, Any], file: Path) -> None:
+    """Raise CheckpointError where the model's values are not those that were noted.
+
+    Parameters that this model stores otherwise (4-bit, another head) are passed over.
+    """
+    own = dict(model.named_parameters())
+    for name, values in base["values"].items():
+        parameter = own.get(name)
+        if parameter is None or not parameter.is_floating_point() or parameter.numel() < VALUES:
+            continue
+        here = _sample(parameter)
+        slack = _SLACK * max(map(abs, values)) + 1e-6
+        if any(abs(a - b) > slack for a, b in zip(here, values, strict=True)):
+            raise CheckpointError(
+                f"{file} was trained on another base: {base['name'] or base['class']} has "
+                f"{name} ≈ {values}, this model {here}. Load that base, or pass check_base=False "
+                "if you know that they are meant to differ"
+            )

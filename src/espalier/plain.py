@@ -1,0 +1,134 @@
+"""The plain deltas: what every method becomes in the end, and what saving and serving speak to.
+
+Legend: B batch, T tokens, D width, R rank. All are the identity when fresh.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from espalier.deltas import Delta, Tensors, Trained
+from espalier.places import Site
+
+if TYPE_CHECKING:
+    from espalier.places import Conv
+
+
+def _drop(x: Tensor, share: float, training: bool) -> Tensor:
+    return F.dropout(x, share) if share and training else x
+
+
+class LowRank(Delta):
+    """y + s · x Aᵀ Bᵀ on a linear host; A (R, D_in), B (D_out, R)."""
+
+    def __init__(self, site: Site, a: Trained, b: Trained, scale: float, dropout: float) -> None:
+        super().__init__(site, a=a, b=b)
+        self.scale = scale
+        self.dropout = dropout
+
+    def after(self, t: Tensors, x: Tensor, y: Tensor, training: bool) -> Tensor:
+        """The output with the low-rank change: x (…, D_in), y (…, D_out)."""
+        low = F.linear(_drop(x, self.dropout, training), t["a"])  # (…, R)
+        return y + F.linear(low * self.scale, t["b"])
+
+    def fold(self, t: Tensors, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """W + s B A, with W (D_out, D_in)."""
+        return w.addmm(t["b"], t["a"], alpha=self.scale), b
+
+    def changed(self, host: nn.Module) -> tuple[int, int | None]:
+        """The whole slice of the weight, by a change of rank at most R."""
+        return self.site.n_in * self.site.n_out, self.trained["a"].shape[0]
+
+
+class LowRankConv(Delta):
+    """y + s · B ∗ (A ∗ x) on a 2-d convolution; A (R, C_in, kh, kw), B (C_out, R, 1, 1)."""
+
+    def __init__(self, site: Site, a: Trained, b: Trained, scale: float, dropout: float) -> None:
+        super().__init__(site, a=a, b=b)
+        self.scale = scale
+        self.dropout = dropout
+        assert site.conv is not None
+        self.conv: Conv = site.conv
+
+    def after(self, t: Tensors, x: Tensor, y: Tensor, training: bool) -> Tensor:
+        """The output with the change: x (B, C_in, H, W), y (B, C_out, H', W')."""
+        x = _drop(x, self.dropout, training)
+        conv = self.conv
+        if conv.padding_mode != "zeros":
+            sides = [p for p in reversed(_pair(conv.padding)) for _ in range(2)]
+            x = F.pad(x, sides, mode=conv.padding_mode)
+        padding = conv.padding if conv.padding_mode == "zeros" else 0
+        low = F.conv2d(x, t["a"], None, conv.stride, padding, conv.dilation)
+        return y + F.conv2d(low * self.scale, t["b"])
+
+    def fold(self, t: Tensors, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """W + s B A as a kernel (C_out, C_in, kh, kw)."""
+        change = t["b"].flatten(1) @ t["a"].flatten(1)
+        return w + self.scale * change.view_as(w), b
+
+    def changed(self, host: nn.Module) -> tuple[int, int | None]:
+        """The whole kernel, by a change of rank at most R."""
+        height, width = self.conv.kernel
+        return self.site.n_in * self.site.n_out * height * width, self.trained["a"].shape[0]
+
+
+class LowRankEmbedding(Delta):
+    """y + s · A[:, ids]ᵀ Bᵀ on an embedding; A (R, V), B (D, R)."""
+
+    def __init__(self, site: Site, a: Trained, b: Trained, scale: float) -> None:
+        super().__init__(site, a=a, b=b)
+        self.scale = scale
+
+    def after(self, t: Tensors, x: Tensor, y: Tensor, training: bool) -> Tensor:
+        """The embedded ids with the change: x (…) of ids, y (…, D)."""
+        low = F.embedding(x, t["a"].T)  # (…, R)
+        return y + F.linear(low * self.scale, t["b"])
+
+    def fold(self, t: Tensors, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """E + s (B A)ᵀ, with E (V, D)."""
+        return w.addmm(t["a"].T, t["b"].T, alpha=self.scale), b
+
+    def changed(self, host: nn.Module) -> tuple[int, int | None]:
+        """The whole table, by a change of rank at most R."""
+        return self.site.n_in * self.site.n_out, self.trained["a"].shape[0]
+
+
+class Replacement(Delta):
+    """Trained copies that stand in for parameters of one module."""
+
+    replaces: ClassVar[bool] = True
+
+    def changed(self, host: nn.Module) -> tuple[int, int | None]:
+        """Every scalar of the copies, by a change of any rank."""
+        return sum(math.prod(spec.shape) for spec in self.trained.values()), None
+
+
+def replacements(modules: Mapping[str, nn.Module]) -> list[Delta]:
+    """Replacements for all parameters that these modules own; a tied tensor is trained once."""
+    specs: dict[int, Trained] = {}
+    found: list[Delta] = []
+    for path, module in modules.items():
+        own = {
+            name: specs.setdefault(id(p), Trained(tuple(p.shape), _copy_of(p)))
+            for name, p in module._parameters.items()
+            if p is not None and p.is_floating_point()
+        }
+        if own:
+            site = Site("parameter", path, "parameter", None, "", 0, 0)
+            found.append(Replacement(site, **own))
+    return found
+
+
+def _copy_of(parameter: nn.Parameter):
+    return lambda view: view.copy_(parameter.detach())
+
+
+def _pair(value: str | int | tuple[int, ...]) -> tuple[int, ...]:
+    if isinstance(value, str):
+        raise ValueError("text padding is resolved by the site")
+    return (value, value) if isinstance(value, int) else value
