@@ -99,6 +99,8 @@ _TOKENS = re.compile(
     r"(^|\.)(embed_tokens|word_embeddings?|wte|tok_embeddings|tokens?_embed(ding|dings)?|embed_in|"
     r"shared|w|emb)$|^(\w+\.)?embeddings?$"
 )
+# Tables outside the stacks of an encoder-decoder, only there for the stacks' own to be tied to.
+STORES = ("shared", "word_embeddings")
 _STACKS = (
     ("vision", re.compile(r"(^|[._])(vision|visual|image|pixel|video)([._]|$)")),
     ("audio", re.compile(r"(^|[._])(audio|speech|acoustic)([._]|$)")),
@@ -139,7 +141,7 @@ def _attention_part(names: list[str]) -> str:
 
 
 def _tail(table: tuple[tuple[str, re.Pattern[str]], ...], names: list[str]) -> tuple[str, int]:
-    """The part named by the longest ending of the path that the table knows, and where it begins."""
+    """The part that the longest known ending of the path names, and where that ending begins."""
     for start in range(len(names)):
         ending = ".".join(names[start:])
         for part, pattern in table:
@@ -204,7 +206,7 @@ _SPLIT_MLP = (
 _GROUPED = "GPTNeoX GPTNeoXJapanese Bloom Persimmon Falcon GPTBigCode MiniMaxLightning"
 FUSED = {
     **{name + "Attention": "split" for name in _SPLIT.split()},
-    **{name: "split" for name in _SPLIT_MLP.split()},
+    **dict.fromkeys(_SPLIT_MLP.split(), "split"),
     **{name + "Attention": "grouped" for name in _GROUPED.split()},
     "Attention": "split",  # OpenAI's first GPT
     "DisentangledSelfAttention": "grouped",  # DeBERTa's in_proj

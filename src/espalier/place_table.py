@@ -1,6 +1,6 @@
 """Prints the places of a model: one row per role and stack, and below it what has no name.
 
-The columns are role, layers, widths, count, kind and the first path, with its layer as `*`.
+Paths are those inside a block (a block's own row says where it stands); `a → b` is a span.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from .grammar import ROLES, SPANS
+from .grammar import ROLES
 from .selectors import ranges
 
 if TYPE_CHECKING:
@@ -42,49 +42,60 @@ def _rows(sites: Sites) -> Table:
     from rich import box
     from rich.table import Table
 
-    grid = Table(title=f"Places of {sites.notes.model or 'a model'}", box=box.SIMPLE_HEAD)
-    grid.add_column("role", style="bold cyan", no_wrap=True)
-    grid.add_column("stack")
-    grid.add_column("layers", justify="right")
+    title = f"{sites.notes.model or 'Model'}: {len(sites)} places"
+    grid = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    grid.add_column("role", style="cyan", no_wrap=True)
+    grid.add_column("stack", no_wrap=True)
+    grid.add_column("layers", justify="right", no_wrap=True)
     grid.add_column("in → out", justify="right", no_wrap=True)
-    grid.add_column("count", justify="right")
-    grid.add_column("kind")
-    grid.add_column("where", overflow="fold")
+    grid.add_column("count", justify="right", no_wrap=True)
+    grid.add_column("kind", no_wrap=True)
+    grid.add_column("where (inside its block)", overflow="fold")
     groups: dict[tuple[int, str, str], list[Site]] = {}
+    stacks = sites.notes.stacks
     for site in sites:
-        # Stacks keep the order in which the model runs them; roles that of the grammar.
-        order = sites.notes.stacks.index(site.stack) if site.stack in sites.notes.stacks else -1
+        # Stacks in the order in which the model has them, what is in none of them last.
+        order = stacks.index(site.stack) if site.stack in stacks else len(stacks)
         groups.setdefault((order, site.stack, site.role), []).append(site)
+    blocks = {s.path for s in sites.whole if s.role == "block"}
     last = None
-    for order, stack, role in sorted(groups, key=lambda k: (k[0], ROLES.index(k[2]))):
-        if last is not None and last != order:
+    for key in sorted(groups, key=lambda k: (k[0], ROLES.index(k[2]))):
+        if last not in (None, key[0]):
             grid.add_section()
-        last = order
-        grid.add_row(*_row(stack, role, groups[order, stack, role]))
+        last = key[0]
+        grid.add_row(key[2], key[1], *_row(groups[key], blocks))
     return grid
 
 
-def _row(stack: str, role: str, group: list[Site]) -> tuple[str, ...]:
+def _row(group: list[Site], blocks: set[str]) -> tuple[str, ...]:
     layers = ranges(sorted({site.layer for site in group if site.layer is not None}))
     widths = list(dict.fromkeys(_widths(site) for site in group))
     shown = ", ".join(widths[:2]) + (", …" if len(widths) > 2 else "")
     kinds = dict.fromkeys(f"{s.kind}, {s.bits} bit" if s.bits else s.kind for s in group)
-    return role, stack, layers, shown, str(len(group)), ", ".join(kinds), _where(group[0])
+    return layers, shown, str(len(group)), ", ".join(kinds), _where(group[0], blocks)
 
 
 def _widths(site: Site) -> str:
     return str(site.n_out) if site.kind in ("norm", "block") else f"{site.n_in} → {site.n_out}"
 
 
-def _where(site: Site) -> str:
-    path = starred(site.path)
-    if site.role in SPANS and site.enter not in (None, site.path):
-        return f"{starred(str(site.enter))} … {path}"
+def _where(site: Site, blocks: set[str]) -> str:
+    path = _inside(site.path, blocks)
+    if site.enter not in (None, site.path):
+        return f"{_inside(str(site.enter), blocks)} → {path}"
     if site.rows is not None:
-        rows = site.rows
-        each = f" of each {rows.width}" if rows.groups > 1 else ""
-        return f"{path}, rows {rows.start}-{rows.stop - 1}{each}"
+        each = f" of each {site.rows.width}" if site.rows.groups > 1 else ""
+        return f"{path}, rows {site.rows.start}-{site.rows.stop - 1}{each}"
     return path + (f" = {', '.join(site.tied)}" if site.tied else "")
+
+
+def _inside(path: str, blocks: set[str]) -> str:
+    """A path as seen from its block; elsewhere whole, its numbers as `*`."""
+    names = path.split(".")
+    for end in range(len(names) - 1, 0, -1):
+        if ".".join(names[:end]) in blocks:
+            return ".".join(names[end:])
+    return starred(path)
 
 
 def starred(path: str) -> str:

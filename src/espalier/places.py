@@ -3,9 +3,9 @@
     sites(model)                          every place, printable as a table
     sites(model).select("attention.q")    those a selector asks for
 
-A role is what a place does (`attention.q`, `ffn.out`, `norm`); a site is one role at one path of one
-model. Roles partition the modules: only a fused host (one linear for q, k and v) stands both under
-its fused role and under its slices, which say in `rows` which output features are theirs.
+A role is what a place does (`attention.q`, `ffn.out`, `norm`); a site is one role at one path of
+one model. Roles partition the modules: only a fused host (one linear for q, k and v) stands both
+under its fused role and under its slices, which say in `rows` which output features are theirs.
 """
 
 from __future__ import annotations
@@ -126,6 +126,11 @@ class Sites(Sequence[Site]):
 
     def _narrow(self, found: Iterable[Site]) -> Sites:
         return Sites(found, self.notes, self._all or self)
+
+    @property
+    def whole(self) -> Sites:
+        """All places of the model, where these are a selection."""
+        return self._all or self
 
     @property
     def roles(self) -> tuple[str, ...]:

@@ -155,8 +155,9 @@ def _nothing(sites: Sites, term: str, what: str) -> str:
             f"no {what!r} in {model} (asked by {term!r}): {host.path} computes it together with "
             f"others and {reason}; select {host.role!r} to change the whole"
         )
-    held = next((b for b in sites.notes.bare if fnmatchcase(b[0], what) or b[0].endswith(what)), 0)
-    if held and what not in ROLES:
+    match = re.compile(r"(?:.*\.)?" + translate(what)).match
+    held = next((path_and_why for path_and_why in sites.notes.bare if match(path_and_why[0])), None)
+    if held is not None and what not in ROLES:
         return f"{term!r} matches {held[0]}, but it is a {held[1]}: no place a method can stand on"
     if what in ROLES or what.partition(".")[0] in SPANS:
         return f"no {what!r} in {model} (asked by {term!r}); it has {have}"

@@ -3,7 +3,7 @@
 One walk over the modules finds hosts and repeated blocks; `grammar` names each host from its path
 inside the block; sizes come from module attributes, never from a weight that may be packed.
 A block is a numbered child with children of its own. Where numbered children of one class sit
-inside a numbered child (Swin's stages), the inner ones are the blocks and layers run on over stages.
+inside a numbered child (Swin's stages), the inner ones are the blocks; layers run on over stages.
 """
 
 from __future__ import annotations
@@ -189,6 +189,7 @@ def _name(work: _Survey) -> None:
             host.role = "embedding" if known else grammar.embedding_role(host.path)
         else:
             host.role = {"conv2d": "conv", "norm": "norm"}[host.kind]
+    _set_stores_aside(work)
     ways_in = {(h.block, h.part) for h in work.hosts if h.role == "ffn.in"}
     for host in work.hosts:
         if host.role == "ffn.gate" and (host.block, host.part) not in ways_in:
@@ -201,6 +202,15 @@ def _word_tables(model: Any) -> set[int]:
         return {id(_unwrap(model.get_input_embeddings()))}
     except (AttributeError, NotImplementedError, TypeError):
         return set()
+
+
+def _set_stores_aside(work: _Survey) -> None:
+    """T5 and BART keep a `shared` table that no stack calls; each stack has its own, tied to it."""
+    words = [host for host in work.hosts if host.role == "embedding"]
+    if any(grammar.stack_of(host.path) for host in words):
+        for host in words:
+            if host.path.rpartition(".")[2] in grammar.STORES and not grammar.stack_of(host.path):
+                host.role = "embedding.extra"
 
 
 def _role_in(block: _Block, path: str) -> tuple[str, str]:
