@@ -1,0 +1,82 @@
+"""Data sets of the `datasets` library: saved folders, and names on the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from espalier.errors import DataError
+from espalier.tasks.rows import Row
+
+Parts = tuple[dict[str, list[Row]], dict[str, list[str]]]
+"""Rows per split, and label names by column."""
+
+ALIASES = {"valid": "validation", "val": "validation", "dev": "validation", "eval": "validation"}
+
+
+def read_saved(folder: Path, split: str) -> Parts:
+    """A folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`.
+
+    Raises:
+        DataError: the folder cannot be read as one.
+    """
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        found = load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{folder}: not a saved data set that can be read: {error}") from error
+    splits = found if isinstance(found, DatasetDict) else {split: found}
+    return _parts(splits, folder.name)
+
+
+def read_hub(name: str) -> Parts:
+    """A data set by its name on the hub; `name:config` picks a configuration.
+
+    Raises:
+        DataError: there is none, or the hub cannot be reached.
+    """
+    import datasets
+
+    base, _, config = name.partition(":")
+    try:
+        found = datasets.load_dataset(base, config or None)
+    except Exception as error:  # the hub's client raises a dozen unrelated types
+        raise DataError(
+            f"{name}: no such file or folder here, and no data set of that name could be loaded "
+            f"from the hub: {_first_line(error)}. Offline, give a local path; a configuration is "
+            "picked with a colon (glue:sst2)"
+        ) from error
+    return _parts(found, base)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")
+
+
+def _parts(splits: Any, name: str) -> Parts:
+    rows: dict[str, list[Row]] = {}
+    for key, table in splits.items():
+        split = ALIASES.get(str(key), str(key))
+        if split in ("train", "validation", "test"):
+            rows[split] = list(_rows(table, f"{name}/{key}"))
+    if not rows:
+        raise DataError(f"{name}: need splits train, validation or test; found {list(splits)}")
+    return rows, _label_names(next(iter(splits.values())).features)
+
+
+def _rows(table: Iterable[dict[str, Any]], where: str) -> Iterable[Row]:
+    for number, values in enumerate(table, 1):
+        yield Row(values, f"{where}:row {number}")
+
+
+def _label_names(features: Any) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for column, feature in features.items():
+        inner = getattr(feature, "feature", feature)  # a list of class labels
+        listed = getattr(inner, "names", None)
+        if listed:
+            names[column] = list(listed)
+    return names

@@ -1,0 +1,122 @@
+"""Classification of one text or of a pair of texts into one of several classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
+
+from espalier.tasks.encoding import encode_texts, pad_inputs
+from espalier.tasks.labels import label_id
+from espalier.tasks.metrics import classification_scores
+from espalier.tasks.rows import Row, cell, text_cell
+from espalier.tasks.task import Example, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+
+class Guess(NamedTuple):
+    """The class a model takes, and the probability it gives it."""
+
+    id: int
+    probability: float
+
+
+@final
+@dataclass(frozen=True)
+class Classification(Task):
+    """One class per text, or per pair of texts."""
+
+    name: ClassVar[str] = "classification"
+    auto_model: ClassVar[str] = "AutoModelForSequenceClassification"
+    best: ClassVar[tuple[str, str]] = ("accuracy", "max")
+
+    indexed: bool = False
+    """Whether a whole number in the data stands for a place in `labels`."""
+
+    def read(self, raw: Row, labelled: bool = True) -> Row:
+        """See `Task.read`; values: text, perhaps text_pair, and label (a class number)."""
+        values: dict[str, Any] = read_texts(raw, self.columns)
+        if labelled:
+            column = self.columns["label"]
+            value = cell(raw, column)
+            values["label"] = label_id(value, raw, column, self.labels or (), self.indexed)
+        return Row(values, raw.where)
+
+    def key(self, row: Row) -> str:
+        """See `Task.key`."""
+        return texts_key(row)
+
+    def model_settings(self) -> dict[str, Any]:
+        """See `Task.model_settings`."""
+        names = self.labels or ()
+        return {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: i for i, name in enumerate(names)},
+            "problem_type": "single_label_classification",
+        }
+
+    def encode(
+        self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+    ) -> list[Example]:
+        """See `Task.encode`; labels is one int."""
+        examples = encode_rows(rows, tokenizer, max_length)
+        for row, example in zip(rows, examples, strict=True):
+            if "label" in row.values:
+                example["labels"] = row.values["label"]
+        return examples
+
+    def collate(
+        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+    ) -> dict[str, Tensor]:
+        """See `Task.collate`; labels [B] int64."""
+        import torch
+
+        batch = pad_inputs(examples, tokenizer)
+        if "labels" in examples[0]:
+            batch["labels"] = torch.tensor([e["labels"] for e in examples])
+        return batch
+
+    def predict(self, outputs: Any, batch: Mapping[str, Tensor]) -> list[Guess]:
+        """The most probable class of each row of logits [B, C]."""
+        probabilities, ids = outputs.logits.detach().float().softmax(-1).max(-1)
+        return [Guess(*pair) for pair in zip(ids.tolist(), probabilities.tolist(), strict=True)]
+
+    def references(self, batch: Mapping[str, Tensor]) -> list[int]:
+        """The right class numbers."""
+        return batch["labels"].tolist()
+
+    def score(self, predictions: Sequence[Guess], references: Sequence[int]) -> dict[str, float]:
+        """accuracy, f1_macro, f1_weighted, matthews; f1 of class 1 where there are two classes."""
+        return classification_scores(
+            [p.id for p in predictions], references, len(self.labels or ())
+        )
+
+    def decode(self, prediction: Guess) -> str:
+        """The class's name."""
+        return (self.labels or ())[prediction.id]
+
+
+def read_texts(raw: Row, columns: Mapping[str, str]) -> dict[str, Any]:
+    """The text, and the second one of a pair where `columns` names it."""
+    return {
+        name: text_cell(raw, columns[name]) for name in ("text", "text_pair") if name in columns
+    }
+
+
+def texts_key(row: Row) -> str:
+    """The text or the two texts of a row, joined."""
+    return "\n".join(row.values[name] for name in ("text", "text_pair") if name in row.values)
+
+
+def encode_rows(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> list[Example]:
+    """Encode the texts or pairs of `rows`."""
+    texts = [row.values["text"] for row in rows]
+    has_pairs = bool(rows) and "text_pair" in rows[0].values
+    pairs = [row.values["text_pair"] for row in rows] if has_pairs else None
+    return encode_texts(tokenizer, texts, pairs, max_length)
