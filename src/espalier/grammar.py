@@ -41,7 +41,7 @@ def _leaf(stems: str) -> re.Pattern[str]:
 
 
 _ATTENTION_LEAVES = (
-    ("qkv", re.compile(r"c_attn|w_pack|in_proj", re.I)),
+    ("qkv", re.compile(r"c_attn|w_pack|in_proj|att_proj", re.I)),
     ("qkv", _leaf("qkv|query_key_value|q_k_v")),
     ("kv", _leaf("kv|key_value")),
     ("q", _leaf("q|query|queries")),
@@ -60,13 +60,13 @@ _ATTENTION_LEAVES = (
 _ASIDE = re.compile(r"indexer|compressor|pos(ition)?|rel(ative)?_(?!att)", re.I)
 _FFN_LEAVES = (
     ("gate_in", re.compile(r"gate_up_proj|Wi|w12|weights_in|input_linear|gate_up")),
-    ("gate", re.compile(r"gate_proj|wi_0|gate_linear|linear_gate|w1")),
+    ("gate", re.compile(r"gate_proj|wi_0|gate_linear|linear_gate|w1|w_in\.w_0")),
     (
         "in",
         re.compile(
             r"fc_?1|lin_?1|linear_?1|linear_fc1|layer_1|wi|wi_1|up_proj|c_fc|fc_in|w3|linear_in|"
             r"(?:intermediate\.)?dense_?1|dense_h_to_4h|intermediate(?:\.dense|_dense)?|0|0\.proj|"
-            r"ffw_layer_1|pwconv1|dense_in"
+            r"ffw_layer_1|pwconv1|dense_in|fc1\.proj|w_in\.w_1|in_proj"
         ),
     ),
     (
@@ -74,7 +74,7 @@ _FFN_LEAVES = (
         re.compile(
             r"fc_?2|lin_?2|linear_?2|linear_fc2|layer_2|wo|Wo|w2|down_proj|c_proj|fc_out|[1-9]|"
             r"dense_?2|dense_4h_to_h|output(?:\.dense|_dense|_linear)?|ffw_layer_2|pwconv2|"
-            r"linear_out|dense_out"
+            r"linear_out|dense_out|w_out|out_proj"
         ),
     ),
 )
@@ -84,9 +84,12 @@ _BARE_FFN = (
     ("gate", re.compile(r"gate_proj")),
     (
         "in",
-        re.compile(r"fc1|linear_?1|lin1|pwconv1|ffn|intermediate(\.|_)dense|up_proj"),
+        re.compile(r"fc1|linear_?1|lin1|pwconv1|ffn|intermediate(_query)?(\.|_)dense|up_proj"),
     ),
-    ("out", re.compile(r"fc2|linear_?2|lin2|pwconv2|ffn_output|output(\.|_)dense|down_proj")),
+    (
+        "out",
+        re.compile(r"fc2|linear_?2|lin2|pwconv2|ffn_output|output(_query)?(\.|_)dense|down_proj"),
+    ),
 )
 _BARE_ATTENTION = tuple((part, re.compile(f"{part}_proj")) for part in ("q", "k", "v", "o", "qkv"))
 _ROUTER = re.compile(r"(^|\.)(gate|router|\w*router\w*|shared_expert_gate)(\.\w+)?$")
@@ -96,7 +99,7 @@ _HEAD = re.compile(
     r"\w+_predictions|(?:visual|vision|text|audio)_projection|ctc_proj)(\.|$)"
 )
 _TOKENS = re.compile(
-    r"(^|\.)(embed_tokens|word_embeddings?|wte|tok_embeddings|tokens?_embed(ding|dings)?|embed_in|"
+    r"(^|\.)(embed_tokens|word_embeddings?|wte|tok_embeddings|tokens?_embed(ding|dings)?|embed_in|input_embeds_layer|"
     r"shared|w|emb)$|^(\w+\.)?embeddings?$"
 )
 # Tables outside the stacks of an encoder-decoder, only there for the stacks' own to be tied to.
@@ -142,6 +145,8 @@ def _attention_part(names: list[str]) -> str:
 
 def _tail(table: tuple[tuple[str, re.Pattern[str]], ...], names: list[str]) -> tuple[str, int]:
     """The part that the longest known ending of the path names, and where that ending begins."""
+    if len(names) > 1 and names[-1] == "linear":
+        names = names[:-1]  # Gemma 4 wraps each linear once more
     for start in range(len(names)):
         ending = ".".join(names[start:])
         for part, pattern in table:
@@ -173,6 +178,7 @@ def stack_of(path: str) -> str:
     return found.group(1) if found else ""
 
 
+@lru_cache(maxsize=1024)
 def names_a_part(name: str) -> bool:
     """Whether a list's own name says what its members do ("attentions", "ffns")."""
     return bool(ATTENTION.search(name) or CROSS.search(name) or FFN.match(name))
@@ -196,7 +202,8 @@ _SPLIT = (
     "PPFormulaNetVision PPOCRV5MobileRec PPOCRV5ServerRec PPOCRV6SmallRec Vision Qwen2_5_VLVision "
     "Qwen3VLVision Qwen3VLMoeVision Qwen3_5Vision Qwen3_5MoeVision Qwen3OmniMoeVision Glm4vVision "
     "Glm4vMoeVision GlmOcrVision GlmImageVision Glm5NextVision Ernie4_5_VLMoeVision "
-    "CohereCompassVision Exaone4_5_Vision GraniteSpeechConformer GraniteSpeechPlusConformer"
+    "CohereCompassVision Dots3NoteVision BarkSelf Exaone4_5_Vision "
+    "GraniteSpeechConformer GraniteSpeechPlusConformer"
 )
 _SPLIT_MLP = (
     "Phi3MLP Phi4MultimodalMLP GlmMLP Glm4MLP Glm4vTextMLP GlmOcrTextMLP GlmImageTextMLP DiaMLP "

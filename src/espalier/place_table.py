@@ -72,7 +72,8 @@ def _row(group: list[Site], blocks: set[str]) -> tuple[str, ...]:
     widths = list(dict.fromkeys(_widths(site) for site in group))
     shown = ", ".join(widths[:2]) + (", …" if len(widths) > 2 else "")
     kinds = dict.fromkeys(f"{s.kind}, {s.bits} bit" if s.bits else s.kind for s in group)
-    return layers, shown, str(len(group)), ", ".join(kinds), _where(group[0], blocks)
+    first = next((site for site in group if site.layer is not None), group[0])
+    return layers, shown, str(len(group)), ", ".join(kinds), _where(first, blocks)
 
 
 def _widths(site: Site) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from . import grammar
+from . import fused, grammar
 from .places import Conv, Notes, Rows, Site, Sites
 
 if TYPE_CHECKING:
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _OURS = "espalier"  # the reserved child that holds deltas
 _BITS = {"Linear4bit": 4, "LinearNF4": 4, "LinearFP4": 4, "Linear8bitLt": 8}
+# Where each kind of module keeps its widths; a weight may be packed and its shape say nothing.
+_WIDTHS = {
+    "linear": ("in_features", "out_features"),
+    "conv1d": ("nx", "nf"),
+    "conv2d": ("in_channels", "out_channels"),
+    "embedding": ("num_embeddings", "embedding_dim"),
+}
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +50,8 @@ class _Found:
     module: nn.Module
     kind: str
     block: _Block | None
+    n_in: int
+    n_out: int
     role: str = ""
     part: str = ""
     rows: tuple[tuple[str, Rows], ...] = ()
@@ -65,19 +74,18 @@ def survey(model: nn.Module) -> Sites:
     _walk(work, model, "", None, {id(model)})
     _name(work)
     stacks = _number(work)
-    for host in work.hosts:
-        _divide(work, host)
+    _divide(work)
     found = list(_emit(work))
     notes = Notes(type(_unwrap(model)).__name__, stacks, work.unknown, tuple(work.bare))
     return Sites(found, notes)
 
 
 def _unwrap(module: nn.Module) -> nn.Module:
-    while True:
-        inner = next((module._modules[w] for w in _WRAPPERS if w in module._modules), None)
-        if inner is None:
-            return module
-        module = inner
+    for name in _WRAPPERS:
+        inner = module._modules.get(name)
+        if inner is not None:
+            return _unwrap(inner)
+    return module
 
 
 def _walk(work: _Survey, module: nn.Module, path: str, block: _Block | None, seen: set) -> None:
@@ -89,7 +97,7 @@ def _walk(work: _Survey, module: nn.Module, path: str, block: _Block | None, see
     if kind == "norm" and not _norm_width(module):
         kind = "none"
     if kind not in ("none", "bypass"):
-        work.hosts.append(_Found(path, module, kind, block))
+        work.hosts.append(_Found(path, module, kind, block, *_widths(module, kind)))
         return
     if kind == "bypass":
         work.bare.append((path, type(module).__name__))
@@ -151,17 +159,11 @@ def _norm_width(module: nn.Module) -> int:
     return int(weight.shape[0]) if weight is not None and weight.dim() == 1 else 0
 
 
-def _widths(host: _Found) -> tuple[int, int]:
-    m: Any = host.module
-    if host.kind == "linear":
-        return m.in_features, m.out_features
-    if host.kind == "conv1d":
-        return m.nx, m.nf
-    if host.kind == "conv2d":
-        return m.in_channels, m.out_channels
-    if host.kind == "embedding":
-        return m.num_embeddings, m.embedding_dim
-    return _norm_width(m), _norm_width(m)
+def _widths(module: nn.Module, kind: str) -> tuple[int, int]:
+    if kind not in _WIDTHS:
+        return _norm_width(module), _norm_width(module)
+    a, b = _WIDTHS[kind]
+    return int(getattr(module, a)), int(getattr(module, b))
 
 
 # ------------------------------------------------------------------------------ names and numbers
@@ -190,10 +192,24 @@ def _name(work: _Survey) -> None:
         else:
             host.role = {"conv2d": "conv", "norm": "norm"}[host.kind]
     _set_stores_aside(work)
-    ways_in = {(h.block, h.part) for h in work.hosts if h.role == "ffn.in"}
+    _settle_gates(work)
+
+
+def _settle_gates(work: _Survey) -> None:
+    """Widths decide what names leave open: whether a feed-forward part has a gate, and where."""
+    parts: dict[tuple[_Block | None, str], dict[str, _Found]] = {}
     for host in work.hosts:
-        if host.role == "ffn.gate" and (host.block, host.part) not in ways_in:
-            host.role = "ffn.in"  # a w1 without a w3
+        if host.role.startswith("ffn."):
+            parts.setdefault((host.block, host.part), {})[host.role[4:]] = host
+    for part in parts.values():
+        if "gate" in part and "in" not in part:
+            part["gate"].role = "ffn.in"  # a w1 without a w3
+        elif "gate" not in part and "out" in part:
+            inner = part["out"].n_in
+            for name, host in part.items():
+                if name != "out":
+                    both = host.n_out == 2 * inner
+                    host.role = "ffn.gate_in" if both else "ffn.in"
 
 
 def _word_tables(model: Any) -> set[int]:
@@ -266,63 +282,19 @@ def _single_stack(work: _Survey, blocks: list[_Block]) -> str:
     return blocks[0].stack or "encoder"
 
 
-# ------------------------------------------------------------------------------------ fused hosts
-
-
-def _divide(work: _Survey, host: _Found) -> None:
-    """Finds the rows of each slice of a fused host, or notes why they are not known."""
-    family, _, part = host.role.partition(".")
-    if part not in grammar.SLICES:
-        return
-    owner = work.modules[host.path.rpartition(".")[0]]
-    n_out = _widths(host)[1]
-    slices = _rows(owner, part, n_out)
-    if slices is None:
-        work.unknown[host.path] = f"how {type(owner).__name__} lays out its rows is not known"
-        return
-    names = (f"{family}.{name}" for name in grammar.SLICES[part])
-    host.rows = tuple(zip(names, slices, strict=True))
-
-
-def _rows(owner: Any, part: str, n_out: int) -> tuple[Rows, ...] | None:
-    classes = [c.__name__ for c in type(owner).__mro__ if c.__module__.startswith("transformers.")]
-    layout = next((grammar.FUSED[name] for name in classes if name in grammar.FUSED), None)
-    heads = _count(owner, "num_heads", "num_attention_heads", "n_heads", "n_head") or 1
-    if part == "kv" and hasattr(owner, "qk_nope_head_dim"):
-        # Latent attention: per head the position-free part of its key, then its value.
-        return _cut(heads, (owner.qk_nope_head_dim, owner.v_head_dim), n_out)
-    if layout is None:
-        return None
-    if part != "qkv":
-        half = n_out // 2
-        return _cut(1, (half, half), n_out)
-    kv = _count(owner, "num_kv_heads", "num_key_value_heads", "kv_heads") or heads
-    if not grammar.ONE_EACH.isdisjoint(classes):
-        kv = heads
-    size = n_out // (heads + 2 * kv)
-    stated = _count(owner, "head_dim", "head_size", "attention_head_size")
-    if stated and heads > 1 and stated != size:
-        return None
-    if layout == "grouped":
-        return _cut(kv, (heads // kv * size, size, size), n_out)
-    return _cut(1, (heads * size, kv * size, kv * size), n_out)
-
-
-def _cut(groups: int, sizes: tuple[int, ...], n_out: int) -> tuple[Rows, ...] | None:
-    width = sum(sizes)
-    if groups * width != n_out:
-        return None
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return tuple(Rows(groups, width, a, a + s) for a, s in zip(starts, sizes, strict=True))
-
-
-def _count(owner: Any, *names: str) -> int | None:
-    for holder in (owner, getattr(owner, "config", None)):
-        for name in names:
-            value = getattr(holder, name, None)
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value
-    return None
+def _divide(work: _Survey) -> None:
+    """Finds the rows of the slices of each fused host, or notes why they are not known."""
+    for host in work.hosts:
+        family, _, part = host.role.partition(".")
+        if part not in grammar.SLICES:
+            continue
+        owner = work.modules[host.path.rpartition(".")[0]]
+        slices = fused.rows(owner, part, host.n_out)
+        if slices is None:
+            work.unknown[host.path] = fused.why_not(owner, host.n_out)
+        else:
+            names = (f"{family}.{name}" for name in grammar.SLICES[part])
+            host.rows = tuple(zip(names, slices, strict=True))
 
 
 # ------------------------------------------------------------------------------------------ sites
@@ -354,12 +326,10 @@ def _emit(work: _Survey) -> Iterator[Site]:
             yield replace(site, role=role, n_out=rows.size, rows=rows)
         family, _, part = site.role.partition(".")
         if part in ("o", "out") and (enter := _enter(parts[family, host.part], host)):
-            n_in = _widths(enter)[0]
-            yield replace(site, role=family, n_in=n_in, enter=enter.path)
+            yield replace(site, role=family, n_in=enter.n_in, enter=enter.path)
 
 
 def _site(host: _Found, stack: str, tied: tuple[str, ...]) -> Site:
-    n_in, n_out = _widths(host)
     block, conv = host.block, None
     if host.kind == "conv2d":
         m: Any = host.module
@@ -370,8 +340,8 @@ def _site(host: _Found, stack: str, tied: tuple[str, ...]) -> Site:
         host.kind,
         None if block is None else block.layer,
         stack if block is None else block.stack,
-        n_in,
-        n_out,
+        host.n_in,
+        host.n_out,
         conv=conv,
         tied=tied,
         bits=_BITS.get(type(host.module).__name__),
@@ -380,11 +350,10 @@ def _site(host: _Found, stack: str, tied: tuple[str, ...]) -> Site:
 
 def _enter(part: list[_Found], out: _Found) -> _Found | None:
     """Where the change of a span reads: the first module that sees what enters the part."""
-    wide = _widths(out)[1]
     for tail in ("in", "gate", "gate_in", "q", "qkv", "extra", "kv", "k"):
         for host in part:
             # Latent attention: q_b_proj is named q, but what enters the part enters at q_a_proj.
-            if host.role.endswith("." + tail) and _widths(host)[0] == wide:
+            if host.role.endswith("." + tail) and host.n_in == out.n_out:
                 return host
     return None
 
@@ -393,8 +362,8 @@ def _block_width(hosts: list[_Found]) -> int:
     for roles in (("ffn.out", "attention.o"), ("norm",), ("other", "attention.extra")):
         for host in reversed(hosts):
             if host.role in roles:
-                return _widths(host)[1]
-    return _widths(hosts[-1])[1]
+                return host.n_out
+    return hosts[-1].n_out
 
 
 def _ties(work: _Survey) -> dict[str, tuple[str, ...]]:
