@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from espalier import hosts
 from espalier.adapter import Adapter
 from espalier.deltas import CHILD, Delta, Method, Recipe, base_modules, recipe
 from espalier.errors import AdapterError, SettingError, SiteError, nearest
@@ -60,7 +61,7 @@ class Graft(nn.Module):
         for delta in adapter.deltas:
             host = modules[delta.site.path]
             if delta.replaces and all(
-                v.dtype == host.get_parameter(k).dtype for k, v in delta.t.items()
+                v.dtype == hosts.parameter(host, k).dtype for k, v in delta.t.items()
             ):
                 stand_ins.append((host, delta))
                 continue
@@ -226,10 +227,11 @@ def _deltas(
         for delta in method.deltas(model, places):
             rows = f":{delta.site.role}" if delta.site.rows else ""
             deltas.append((f"{index}/{delta.site.path}{rows}", delta))
-    taken = {delta.site.path for _, delta in deltas if delta.replaces}
-    paths = tuple(p for p in head_modules(model, places, head) if p not in taken)
-    modules = {path: model.get_submodule(path) for path in paths}
-    deltas += [(f"head/{delta.site.path}", delta) for delta in replacements(modules)]
+    taken = {(d.site.path, key) for _, d in deltas if d.replaces for key in d.trained}
+    modules = {path: model.get_submodule(path) for path in head_modules(model, places, head)}
+    heads = replacements(modules, lambda path, name: (path, name) not in taken)
+    deltas += [(f"head/{delta.site.path}", delta) for delta in heads]
+    paths = tuple(delta.site.path for delta in heads)
     if not deltas:
         raise SiteError(
             f"{parts} trains nothing here: this model has no newly initialised head. "

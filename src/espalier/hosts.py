@@ -16,9 +16,16 @@ from espalier.places import Site
 Undo = Callable[[], None]
 
 
+def parameter(host: nn.Module, name: str) -> nn.Parameter:
+    """The base's own parameter, also while a trained copy stands in for it."""
+    own = host._parameters[name]
+    assert own is not None
+    return own
+
+
 def dense(host: nn.Module, site: Site) -> Tensor:
     """The host's weight as float32: (out, in), a kernel (out, in, kh, kw), or a table (V, D)."""
-    weight = host.get_parameter("weight")
+    weight = parameter(host, "weight")
     if site.bits:
         weight = _dequantised(host, weight)
     weight = weight.detach().to(torch.float32)
@@ -71,13 +78,13 @@ def put(host: nn.Module, name: str, value: Tensor, own: bool = False) -> Undo:
 
     With `own`, the host gets a parameter of its own and the shared one stays as it was.
     """
-    parameter = host.get_parameter(name)
-    fresh = value.detach().to(parameter.device, parameter.dtype).contiguous()
+    known = parameter(host, name)
+    fresh = value.detach().to(known.device, known.dtype).contiguous()
     if own:
-        host._parameters[name] = nn.Parameter(fresh, requires_grad=parameter.requires_grad)
-        return lambda: host._parameters.__setitem__(name, parameter)
-    old, parameter.data = parameter.data, fresh
-    return lambda: setattr(parameter, "data", old)
+        host._parameters[name] = nn.Parameter(fresh, requires_grad=known.requires_grad)
+        return lambda: host._parameters.__setitem__(name, known)
+    old, known.data = known.data, fresh
+    return lambda: setattr(known, "data", old)
 
 
 def scaled(host: nn.Module) -> bool:
@@ -87,7 +94,7 @@ def scaled(host: nn.Module) -> bool:
 
 def gain(host: nn.Module) -> Tensor:
     """What a scaled embedding multiplies its rows with."""
-    return torch.as_tensor(host.embed_scale, dtype=host.get_parameter("weight").dtype)
+    return torch.as_tensor(host.embed_scale, dtype=parameter(host, "weight").dtype)
 
 
 def _dequantised(host: nn.Module, weight: nn.Parameter) -> Tensor:

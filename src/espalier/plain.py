@@ -6,13 +6,14 @@ Legend: B batch, T tokens, D width, R rank. All are the identity when fresh.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from espalier.deltas import Delta, Tensors, Trained
+from espalier.errors import SiteError
 from espalier.places import Site
 
 if TYPE_CHECKING:
@@ -58,11 +59,11 @@ class LowRankConv(Delta):
     def after(self, t: Tensors, x: Tensor, y: Tensor, training: bool) -> Tensor:
         """The output with the change: x (B, C_in, H, W), y (B, C_out, H', W')."""
         x = _drop(x, self.dropout, training)
-        conv = self.conv
+        conv, padding = self.conv, self.conv.padding
         if conv.padding_mode != "zeros":
-            sides = [p for p in reversed(_pair(conv.padding)) for _ in range(2)]
-            x = F.pad(x, sides, mode=conv.padding_mode)
-        padding = conv.padding if conv.padding_mode == "zeros" else 0
+            height, width = conv.padding
+            x = F.pad(x, (width, width, height, height), mode=conv.padding_mode)
+            padding = 0
         low = F.conv2d(x, t["a"], None, conv.stride, padding, conv.dilation)
         return y + F.conv2d(low * self.scale, t["b"])
 
@@ -108,27 +109,34 @@ class Replacement(Delta):
         return sum(math.prod(spec.shape) for spec in self.trained.values()), None
 
 
-def replacements(modules: Mapping[str, nn.Module]) -> list[Delta]:
-    """Replacements for all parameters that these modules own; a tied tensor is trained once."""
+def replacements(
+    modules: Mapping[str, nn.Module],
+    keep: Callable[[str, str], bool] = lambda path, name: True,
+) -> list[Delta]:
+    """Replacements for parameters that these modules own; a tied tensor is trained once.
+
+    Args:
+        modules: By path.
+        keep: Whether to replace the parameter of this name at this path.
+
+    Raises:
+        SiteError: One of the parameters is quantised and cannot be trained.
+    """
     specs: dict[int, Trained] = {}
     found: list[Delta] = []
     for path, module in modules.items():
-        own = {
-            name: specs.setdefault(id(p), Trained(tuple(p.shape), _copy_of(p)))
-            for name, p in module._parameters.items()
-            if p is not None and p.is_floating_point()
-        }
+        own: dict[str, Trained] = {}
+        for name, p in module._parameters.items():
+            if p is None or not keep(path, name):
+                continue
+            if not p.is_floating_point():
+                raise SiteError(f"{path}.{name} is quantised ({p.dtype}) and cannot be trained")
+            own[name] = specs.setdefault(id(p), Trained(tuple(p.shape), _copy_of(p)))
         if own:
             site = Site("parameter", path, "parameter", None, "", 0, 0)
             found.append(Replacement(site, **own))
     return found
 
 
-def _copy_of(parameter: nn.Parameter):
+def _copy_of(parameter: nn.Parameter) -> Callable[[Tensor], object]:
     return lambda view: view.copy_(parameter.detach())
-
-
-def _pair(value: str | int | tuple[int, ...]) -> tuple[int, ...]:
-    if isinstance(value, str):
-        raise ValueError("text padding is resolved by the site")
-    return (value, value) if isinstance(value, int) else value

@@ -84,7 +84,7 @@ class Seat:
         names = [name for delta in deltas for name in delta.t]
         for delta in deltas:
             for name, value in delta.t.items():
-                own[name] = value.to(self.host.get_parameter(name).dtype)
+                own[name] = value.to(hosts.parameter(self.host, name).dtype)
         try:
             return self._inner(args, kwargs)
         finally:

@@ -13,13 +13,15 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import init
 
-from espalier.deltas import Delta, Method, Trained, check
+from espalier.deltas import Delta, Method, Trained, base_modules, check
 from espalier.errors import SiteError
-from espalier.places import Site
-from espalier.plain import LowRank, LowRankConv, LowRankEmbedding
+from espalier.places import Conv, Site, Sites
+from espalier.plain import LowRank, LowRankConv, LowRankEmbedding, replacements
+
+BIASES = ("none", "lora_only", "all")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class LoRA(Method):
         alpha: α; the change is scaled by α / R.
         dropout: Dropout on the branch's input, in training only.
         rslora: Scale by α / √R instead.
+        bias: Biases to train beside it: "none", those of the adapted layers ("lora_only"), "all".
         sites: Where: a selector such as "attention.q, attention.v" or "all-linear".
     """
 
@@ -40,6 +43,7 @@ class LoRA(Method):
     alpha: float = 16.0
     dropout: float = 0.0
     rslora: bool = False
+    bias: str = "none"
     sites: str = "all-linear"
 
     def __post_init__(self) -> None:
@@ -47,19 +51,37 @@ class LoRA(Method):
         check(self, "rank", whole and self.rank >= 1, "a whole number of at least 1")
         check(self, "alpha", isinstance(self.alpha, int | float) and self.alpha > 0, "above 0")
         check(self, "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
+        check(self, "bias", self.bias in BIASES, f"one of {', '.join(BIASES)}")
 
     @property
     def scale(self) -> float:
         """s, the factor on the change."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    def deltas(self, model: nn.Module, places: Sites) -> list[Delta]:
+        """One low-rank delta per site, and copies of the biases that train beside them."""
+        found = [self.build(site) for site in places.select(self.sites)]
+        adapted = {delta.site.path for delta in found}
+        if self.bias != "none":
+            wide = self.bias == "all"
+            modules = base_modules(model)
+            found += replacements(
+                modules, lambda path, name: name == "bias" and (wide or path in adapted)
+            )
+        return found
+
     def build(self, site: Site) -> Delta:
         """A low-rank delta shaped for the site's host."""
+        if site.span:
+            raise SiteError(
+                f"LoRA stands on single layers; {site.role!r} is a span from {site.enter} to "
+                f"{site.path}. For the layers within it write '{site.role}.*'"
+            )
         if site.kind in ("linear", "conv1d"):
             a = Trained((self.rank, site.n_in), _uniform)
             b = Trained((site.n_out, self.rank))
             return LowRank(site, a, b, self.scale, self.dropout)
-        if site.kind == "conv2d" and site.conv is not None and site.conv.groups == 1:
+        if site.conv is not None and _can_fold(site.conv):
             a = Trained((self.rank, site.n_in, *site.conv.kernel), _uniform)
             b = Trained((site.n_out, self.rank, 1, 1))
             return LowRankConv(site, a, b, self.scale, self.dropout)
@@ -67,11 +89,15 @@ class LoRA(Method):
             a = Trained((self.rank, site.n_in))
             b = Trained((site.n_out, self.rank), init.normal_)
             return LowRankEmbedding(site, a, b, self.scale)
-        what = "a grouped convolution" if site.kind == "conv2d" else f"a {site.kind}"
+        what = "a grouped convolution" if site.conv else f"a {site.kind}"
         raise SiteError(
             f"LoRA cannot stand on {site.path}, {what}; "
             "it takes linear layers, ungrouped 2-d convolutions and embeddings"
         )
+
+
+def _can_fold(conv: Conv) -> bool:
+    return conv.groups == 1 and (conv.padding_mode == "zeros" or isinstance(conv.padding, tuple))
 
 
 def _uniform(a: Tensor) -> None:
