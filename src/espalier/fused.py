@@ -23,8 +23,8 @@ def rows(owner: Any, part: str, n_out: int) -> tuple[Rows, ...] | None:
     if layout is None or (layout == "grouped" and part != "qkv"):
         return None
     if part != "qkv":
-        half = n_out // 2
-        return _cut(1, (half, half), n_out)
+        halves = _cut(1, (n_out // 2, n_out // 2), n_out)
+        return halves[::-1] if halves and layout == "swapped" else halves
     kv = _count(owner, "num_kv_heads", "num_key_value_heads", "kv_heads") or heads
     if not grammar.ONE_EACH.isdisjoint(classes):
         kv = heads

@@ -29,11 +29,12 @@ ATTENTION = re.compile(r"att(ention|n)|^mixer\.?attn", re.I)
 FFN = re.compile(
     r"^(mlp|ffn?s?|net|feed_?forward\w*|densereludense|\w*experts?|\w*mlp|\w*moe)$", re.I
 )
-# Norms and dropouts named after their neighbour ("attn_norm") do not open a context.
-_NOT_CONTEXT = re.compile(r"norm|drop|scale$", re.I)
+# Linears under these are no part of attention or feed-forward: adaptive norms, MobileBERT's
+# bottlenecks, adapters that a model brings along.
+_APART = re.compile(r"norm|bottleneck|adapter_list", re.I)
 
 _AFTER = r"(?:_?(?:proj|lin|linear|head|attn|b_proj|projection|layer))?"
-_BEFORE = r"(?:to_|linear_|project_|w_?)?"
+_BEFORE = r"(?:to_|linear_|project_|projection_|w_?)?"
 
 
 def _leaf(stems: str) -> re.Pattern[str]:
@@ -51,13 +52,15 @@ _ATTENTION_LEAVES = (
         "o",
         re.compile(
             r"(?:to_)?o(?:ut|utput)?(?:_(?:proj|lin|linear|projection))?|to_out\.0|c_proj|dense|"
-            r"(?:output|out)\.(?:dense|proj)|proj|projection|wo|post_proj|linear_out|final_linear",
+            r"(?:output|out)\.(?:dense|proj)|proj|projection|wo|post(?:_proj)?|linear_out|final_linear|"
+            r"attention_out",
             re.I,
         ),
     ),
 )
-# Side structures of an attention whose own q and k are not the attention's.
-_ASIDE = re.compile(r"indexer|compressor|pos(ition)?|rel(ative)?_(?!att)", re.I)
+# Names that may stand between an attention and its projections. Any other name is a side structure
+# (an indexer, a compressor, a second modality), whose own q and k are not the attention's.
+_BETWEEN = re.compile(r"att(ention|n)|^(att|self|out(put)?(_projection)?|qkv_proj|\d+)$", re.I)
 _FFN_LEAVES = (
     ("gate_in", re.compile(r"gate_up_proj|Wi|w12|weights_in|input_linear|gate_up")),
     ("gate", re.compile(r"gate_proj|wi_0|gate_linear|linear_gate|w1|w_in\.w_0")),
@@ -118,8 +121,10 @@ _CODER = re.compile(r"(encoder|decoder)")
 def block_role(path: str) -> tuple[str, str]:
     """The role of a linear at `path` inside a block, and the part of the block it belongs to."""
     names = path.split(".")
+    if any(_APART.search(name) for name in names[:-1]):
+        return "other", ""
     for i, name in enumerate(names[:-1]):
-        if (ATTENTION.search(name) or CROSS.search(name)) and not _NOT_CONTEXT.search(name):
+        if ATTENTION.search(name) or CROSS.search(name):
             family = "cross" if any(CROSS.search(n) for n in names[:-1]) else "attention"
             part = _attention_part(names[i + 1 :])
             if (family, part, names[-1]) == ("cross", "qkv", "c_attn"):
@@ -138,9 +143,8 @@ def block_role(path: str) -> tuple[str, str]:
 
 
 def _attention_part(names: list[str]) -> str:
-    if any(_ASIDE.search(name) for name in names[:-1]):
-        return "extra"
-    return _tail(_ATTENTION_LEAVES, names)[0] or "extra"
+    part, start = _tail(_ATTENTION_LEAVES, names)
+    return part if part and all(_BETWEEN.search(name) for name in names[:start]) else "extra"
 
 
 def _tail(table: tuple[tuple[str, re.Pattern[str]], ...], names: list[str]) -> tuple[str, int]:
@@ -181,6 +185,8 @@ def stack_of(path: str) -> str:
 @lru_cache(maxsize=1024)
 def names_a_part(name: str) -> bool:
     """Whether a list's own name says what its members do ("attentions", "ffns")."""
+    if LAYERS.match(name):
+        return False  # BridgeTower's cross_modal_text_layers are whole blocks
     return bool(ATTENTION.search(name) or CROSS.search(name) or FFN.match(name))
 
 
@@ -192,8 +198,8 @@ def is_head(path: str) -> bool:
 # The one table of exceptions: classes of transformers whose forward was read.
 #   split    rows are [q | k | v] (or [k | v], [gate | in]), each contiguous
 #   grouped  rows are per key-value head: its queries, its key, its value (NeoX, BLOOM: one each)
-# Not listed on purpose: CodeGen (q, v, k in four shards), Phi-4's audio feed-forward (up before
-# gate), GPT-BigCode's cross attention.
+#   swapped  rows are [in | gate]: the half that goes through the activation comes second
+# Not listed on purpose: CodeGen (q, v, k in four shards), Zamba 2 (adapters beside the host).
 _SPLIT = (
     "GPT2 ImageGPT DecisionTransformerGPT2 Mpt Dbrx ModernBert Phi3 Phi4Multimodal Blip Blip2 "
     "InstructBlip InstructBlipVideo VitDet SegGpt Mgpstr TimesformerSelf Sam2MultiScale "
@@ -202,18 +208,21 @@ _SPLIT = (
     "PPFormulaNetVision PPOCRV5MobileRec PPOCRV5ServerRec PPOCRV6SmallRec Vision Qwen2_5_VLVision "
     "Qwen3VLVision Qwen3VLMoeVision Qwen3_5Vision Qwen3_5MoeVision Qwen3OmniMoeVision Glm4vVision "
     "Glm4vMoeVision GlmOcrVision GlmImageVision Glm5NextVision Ernie4_5_VLMoeVision "
-    "CohereCompassVision Dots3NoteVision BarkSelf Exaone4_5_Vision "
-    "GraniteSpeechConformer GraniteSpeechPlusConformer"
+    "CohereCompassVision Dots3NoteVision BarkSelf JetMoe Exaone4_5_Vision "
+    "Qwen4ExpVision GraniteSpeechConformer GraniteSpeechPlusConformer"
 )
 _SPLIT_MLP = (
     "Phi3MLP Phi4MultimodalMLP GlmMLP Glm4MLP Glm4vTextMLP GlmOcrTextMLP GlmImageTextMLP DiaMLP "
     "EsmFold2SwiGLU Dots3NoteAudioMLP MiniMaxM3VLDenseMLP ModernBertMLP ModernBertDecoderMLP "
-    "GraniteMoeSharedMLP GraniteMoeHybridMLP GraniteMoeSWAMLP"
+    "GraniteMoeSharedMLP GraniteMoeHybridMLP GraniteMoeSWAMLP "
+    "MoshiGatingMLP KyutaiSpeechToTextGatingMLP"
 )
+_SWAPPED = "MoonshineDecoderMLP Phi4MultimodalAudioMLP ClvpGatedLinearUnit"
 _GROUPED = "GPTNeoX GPTNeoXJapanese Bloom Persimmon Falcon GPTBigCode MiniMaxLightning"
 FUSED = {
     **{name + "Attention": "split" for name in _SPLIT.split()},
     **dict.fromkeys(_SPLIT_MLP.split(), "split"),
+    **dict.fromkeys(_SWAPPED.split(), "swapped"),
     **{name + "Attention": "grouped" for name in _GROUPED.split()},
     "Attention": "split",  # OpenAI's first GPT
     "DisentangledSelfAttention": "grouped",  # DeBERTa's in_proj
