@@ -1,0 +1,87 @@
+"""A model's loss and metrics on encoded examples, without keeping logits.
+
+Each batch's outputs are turned into small predictions by the task at once; what is kept grows with
+the number of examples, not with the vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from espalier.tasks import Task
+
+
+def targets(batch: Mapping[str, Tensor], causal: bool) -> int:
+    """What the mean in the model's loss is taken over: labelled tokens, or rows.
+
+    A causal model predicts the next token, so that a row's first label counts for nothing.
+    """
+    labels = batch["labels"]
+    if labels.dim() == 2 and not labels.is_floating_point():
+        return int(((labels[:, 1:] if causal else labels) != -100).sum())
+    return len(labels)
+
+
+def real_tokens(batch: Mapping[str, Tensor]) -> int:
+    """Tokens of a batch without padding."""
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int((mask != 0).sum())
+
+
+def inputs(task: Task, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
+    """What the model is called with: the batch's part for it, on its device."""
+    return task.inputs({key: value.to(device, non_blocking=True) for key, value in batch.items()})
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients, and the mode before afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def evaluate(
+    model: nn.Module,
+    task: Task,
+    tokenizer: Any,
+    examples: Sequence[dict[str, Any]],
+    batch_size: int,
+    accelerator: Accelerator,
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> dict[str, float]:
+    """Loss (mean over targets) and the task's metrics; the same numbers in every process."""
+    from accelerate.utils import gather_object
+
+    from espalier.data import in_order
+
+    causal = task.name == "causal"
+    chunks = in_order(examples, batch_size)[accelerator.process_index :: accelerator.num_processes]
+    found: list[tuple[float, int, list[Any], list[Any]]] = []
+    with evaluating(model):
+        for chunk in chunks:
+            batch = task.collate([examples[i] for i in chunk], tokenizer)
+            count = targets(batch, causal)
+            with autocast():
+                outputs = model(**inputs(task, batch, accelerator.device))
+            loss = float(outputs.loss) if count else 0.0
+            found.append((loss, count, task.predict(outputs, batch), task.references(batch)))
+    if accelerator.num_processes > 1:
+        found = gather_object(found)
+    total = sum(count for _, count, _, _ in found)
+    mean = sum(loss * count for loss, count, _, _ in found) / max(1, total)
+    predictions = [p for _, _, some, _ in found for p in some]
+    references = [r for _, _, _, some in found for r in some]
+    return {"loss": mean, **task.score(predictions, references)}

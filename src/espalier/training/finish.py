@@ -1,0 +1,114 @@
+"""The end of a run: the kept adapter measured, saved, loaded again to compare, and described."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from espalier.checkpoint import load, save
+from espalier.deltas import Recipe
+from espalier.errors import CheckpointError
+from espalier.graft import activate, detach
+from espalier.training import folders, plot
+from espalier.training.card import write_card
+from espalier.training.evaluate import evaluating, inputs
+from espalier.training.loop import Loop
+from espalier.training.prepare import Material
+from espalier.training.writing import score_answers, write_answers
+
+Metrics = dict[str, dict[str, float]]
+WRITTEN = 200  # rows at most that answers are generated for
+
+
+def measure(at: Material, loop: Loop) -> Metrics:
+    """Metrics by split of the adapter that is kept."""
+    lines = [line for line in loop.job.record.lines if line["kind"] == "train"]
+    recent = [line["loss"] for line in lines[-loop.per_epoch :]]
+    step, validation = loop.kept
+    metrics = {"train": {"loss": sum(recent) / max(1, len(recent))}}
+    if validation:
+        metrics["validation"] = dict(validation)
+    if "test" in at.encoded.examples:
+        metrics["test"] = loop.evaluate(at.encoded.examples["test"])
+        loop.job.record.add("test", step=step, **metrics["test"])
+    if at.config.generate:
+        split = next(s for s in ("test", "validation", "train") if s in at.data.splits)
+        written = _write(at, split)
+        loop.job.record.add("generation", step=step, **written)
+        metrics[split] = metrics.get(split, {}) | written
+    return metrics
+
+
+def _write(at: Material, split: str) -> dict[str, float]:
+    rows, config = at.data.splits[split][:WRITTEN], at.config
+    answers = write_answers(
+        at.model,
+        at.data.task,
+        at.tokenizer,
+        rows,
+        batch=config.eval_batch or 2 * config.batch,
+        max_length=max(2, (config.max_length or 512) - config.max_new_tokens),
+        max_new_tokens=config.max_new_tokens,
+    )
+    return score_answers(at.data.task, answers, rows)
+
+
+def keep(
+    at: Material,
+    loop: Loop,
+    name: str,
+    parts: Recipe,
+    metrics: Metrics,
+    counted: Mapping[str, Any],
+) -> None:
+    """Fill the run folder: adapter (checked by loading it), model card, picture.
+
+    Raises:
+        CheckpointError: something cannot be written, or what was saved gives other outputs.
+    """
+    assert at.folder is not None
+    folder, task, config = at.folder, at.data.task, at.config
+    extras = {**task.extras(at.tokenizer), "max_length": config.max_length}
+    if task.name in ("causal", "seq2seq"):
+        extras["generation"] = {"max_new_tokens": config.max_new_tokens, "do_sample": False}
+    save(at.model, name, folder / "adapter", extras=extras)
+    note = _check_reload(at, name)
+    if note:
+        at.screen.say(note)
+    sizes = {split: len(rows) for split, rows in at.data.splits.items()}
+    card = write_card(config, parts, task, sizes, metrics, counted, folder)
+    folders.write_text(folder / "README.md", card)
+    if plot.available():
+        plot.draw(loop.job.record.lines, task.best[0], folder / "loss.png")
+    else:
+        at.screen.say("No loss.png: matplotlib is missing; pip install 'espalier[report]'.")
+
+
+def _check_reload(at: Material, name: str) -> str | None:
+    """Load what was saved beside the adapter and compare outputs bit for bit."""
+    assert at.folder is not None
+    task, other = at.data.task, f"{name} (reloaded)"
+    split = "validation" if at.encoded.examples.get("validation") else "train"
+    examples = at.encoded.examples[split][: min(8, at.config.batch)]
+    batch = task.collate(examples, at.tokenizer)
+
+    def outputs(choice: str | None) -> Tensor:
+        activate(at.model, choice)
+        return at.model(**inputs(task, batch, at.accelerator.device)).logits
+
+    with evaluating(at.model):
+        trained = outputs(name)
+        load(at.model, at.folder / "adapter", name=other)
+        same = torch.equal(trained, outputs(other))
+        detach(at.model, other)
+        idle = torch.equal(trained, outputs(None))
+        activate(at.model, name)
+    if not same:
+        raise CheckpointError(
+            f"The adapter saved in {at.folder / 'adapter'} gives other outputs than the one just "
+            "trained. Please report this with the run's config.yaml."
+        )
+    return "The adapter changes no output of the base: it has learned nothing." if idle else None

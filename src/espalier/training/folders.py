@@ -1,0 +1,109 @@
+"""The run folder: checked before anything is loaded, filled as the run goes.
+
+config.yaml    every setting            adapter/    what esp.load reads
+metrics.jsonl  a line per step          README.md   the model card
+loss.png       the picture              log.txt     what libraries had to say
+result.json    once it is finished      state/      for resuming, until it is finished
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from espalier.errors import CheckpointError, SettingError
+from espalier.training.config import RunConfig
+from espalier.training.memory import in_words
+
+_LEAST = 20_000_000  # bytes: less than this is not worth starting with
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def choose(config: RunConfig, method: str) -> Path:
+    """The run folder's path: `out`, or the first free runs/<data>-<method>[-n]."""
+    if config.out is not None:
+        return config.out
+    data = Path(config.train)
+    name = data.parent.name if data.stem in ("train", "training", "data") else data.stem
+    stem = re.sub(r"[^\w.]+", "-", f"{name}-{method}".lower()).strip("-")
+    number, path = 1, Path("runs") / stem
+    while path.exists():
+        number, path = number + 1, Path("runs") / f"{stem}-{number + 1}"
+    return path
+
+
+def check(path: Path, config: RunConfig) -> None:
+    """Refuse a folder that cannot be used, without changing it.
+
+    Raises:
+        SettingError: it holds something and neither resume nor overwrite is set, or there is no
+            run in it to resume.
+        CheckpointError: it cannot be written, or the disk is nearly full.
+    """
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"The run folder {path} is a file; choose another out.")
+    filled = path.is_dir() and any(path.iterdir())
+    ours = (path / "config.yaml").is_file() and (path / "metrics.jsonl").is_file()
+    if config.resume and not ours:
+        raise SettingError(f"There is no run to resume in {path}.")
+    if filled and not (config.resume or config.overwrite):
+        raise SettingError(
+            f"The run folder {path} is not empty. Choose another out, or set resume: true to go "
+            "on with the run in it, or overwrite: true to replace it."
+        )
+    if filled and config.overwrite and not ours:
+        raise SettingError(f"overwrite: {path} holds something that is no run; choose another out.")
+    _check_writable(path)
+    check_space(path, _LEAST)
+
+
+def check_space(path: Path, needed: float) -> None:
+    """Raise CheckpointError when the disk has less than `needed` bytes for the run folder."""
+    free = shutil.disk_usage(_existing(path)).free
+    if free < needed:
+        raise CheckpointError(
+            f"The run needs about {in_words(needed)} in {path}, and {in_words(free)} are free. "
+            "Free some space or choose an out on another disk."
+        )
+
+
+def create(path: Path, config: RunConfig) -> None:
+    """Make the folder, emptied of an older run when overwriting, with config.yaml and its log."""
+    if config.overwrite and path.is_dir():
+        shutil.rmtree(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"The run folder {path} cannot be made: {error}") from error
+    if not config.resume:
+        (path / "metrics.jsonl").touch()
+        write_text(path / "config.yaml", config.replace(overwrite=False).to_yaml())
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in [path, *path.absolute().parents] if p.exists())
+
+
+def _check_writable(path: Path) -> None:
+    where = _existing(path)
+    try:
+        # os.access says yes to root on read-only file systems; a file tells the truth.
+        with tempfile.TemporaryFile(dir=where):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"The run folder {path} cannot be written: {error.strerror or error} ({where}). "
+            "Choose another out."
+        ) from error

@@ -1,0 +1,69 @@
+"""The watch on numbers: training stops at the first loss or gradient that is not finite.
+
+Only then the step's micro-batches are run once more, to tell which rows and which module it came
+from.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from espalier.errors import TrainingError
+from espalier.training.evaluate import inputs
+
+if TYPE_CHECKING:
+    from espalier.training.loop import Job
+
+
+def check_finite(job: Job, loss: float, norm: float, number: int, step: list[list[int]]) -> None:
+    """Raise TrainingError when a step's loss or gradient norm is not finite."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+    batch, place = _culprit(job, step)
+    rows = [job.sources[i] for i in batch]
+    shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+    dtype = str(next(job.model.parameters()).dtype).removeprefix("torch.")
+    raise TrainingError(
+        f"Training stopped at step {number}: {what}. Rows: {shown}. "
+        f"First non-finite value: {place}. The base is in {dtype}, lr is {job.lr:g}. "
+        "What helps, most first: a lower lr, precision: fp32, a smaller clip, checking these rows."
+    )
+
+
+def _culprit(job: Job, step: list[list[int]]) -> tuple[list[int], str]:
+    """The micro-batch whose forward pass shows it, with the module; else all and the backward."""
+    for micro in step:
+        place = _first_bad(job, micro)
+        if place:
+            return micro, place
+    return [i for micro in step for i in micro], "in the backward pass"
+
+
+def _first_bad(job: Job, micro: list[int]) -> str | None:
+    found: list[str] = []
+
+    def watch(name: str):
+        def hook(module: nn.Module, inputs: object, output: object) -> None:
+            if not found and isinstance(output, Tensor) and _broken(output):
+                found.append(f"in the output of {name} ({type(module).__name__})")
+
+        return hook
+
+    hooks = [m.register_forward_hook(watch(n)) for n, m in job.model.named_modules() if n]
+    try:
+        with torch.no_grad(), job.autocast():
+            batch = job.task.collate([job.train[i] for i in micro], job.tokenizer)
+            loss = job.model(**inputs(job.task, batch, job.accelerator.device)).loss
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else ("in the loss" if _broken(loss) else None)
+
+
+def _broken(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all())

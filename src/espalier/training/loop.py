@@ -1,0 +1,306 @@
+"""The training loop: AdamW over an adapter's flat buffers.
+
+A step takes `accumulate` micro-batches in each process. The model gives a mean over a micro-batch's
+targets (labelled tokens or rows); each mean is weighted by its share n_i / N of the step's targets,
+N counted over all micro-batches and processes, so the step's gradient is that of one big batch
+however unevenly the targets are spread. What trains is one or two flat tensors, which processes
+add with one all-reduce: no wrapper around the model is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from espalier.errors import TrainingError
+from espalier.graft import dead_sites, groups
+from espalier.training import state
+from espalier.training.config import RunConfig
+from espalier.training.evaluate import evaluate, inputs, real_tokens, targets
+from espalier.training.guard import check_finite
+from espalier.training.memory import explained, used
+from espalier.training.progress import Screen
+from espalier.training.record import Record
+from espalier.training.schedule import factor, total_steps, warmup_steps
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from espalier.tasks import Task
+
+Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+@dataclass
+class Job:
+    """What a loop works on: a grafted model on its device, encoded examples and settings."""
+
+    model: nn.Module
+    tokenizer: Any
+    task: Task
+    train: Sequence[dict[str, Any]]
+    validation: Sequence[dict[str, Any]]
+    sources: Sequence[str]  # file and line of each training example
+    config: RunConfig
+    lr: float
+    accelerator: Accelerator
+    autocast: Autocast
+    precision: str
+    screen: Screen
+    record: Record
+    folder: Path | None
+    threads: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return max(len(example["input_ids"]) for example in self.train)
+
+
+class Loop:
+    """Trains the active adapter of a job's model.
+
+    Raises:
+        TrainingError: no memory, a non-finite loss or gradient, or a site without gradient.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.config = job, job.config
+        parts = groups(job.model, job.config.weight_decay)
+        self.parameters: list[nn.Parameter] = [p for group in parts for p in group["params"]]
+        # Fused: one pass over memory per step; the flat buffers are plain fp32 tensors.
+        self.optimizer = torch.optim.AdamW(parts, lr=job.lr, fused=_fused(self.parameters))
+        self.at = state.Position()
+        self.per_epoch = len(self.epoch(0))
+        self.total = total_steps(self.config.epochs, self.config.steps, self.per_epoch)
+        self.warmup = warmup_steps(self.config.warmup, self.total)
+        self.best: list[Tensor] | None = None
+        self.fixed = state.Fixed(
+            self.config,
+            job.threads,
+            job.accelerator.num_processes,
+            state.fingerprint(job.train),
+            self.total,
+        )
+
+    def epoch(self, number: int) -> list[list[list[int]]]:
+        """An epoch's steps, each a list of micro-batches (indices), alike in every process."""
+        from espalier.data import batches
+
+        micro = batches(
+            self.job.train,
+            self.config.batch,
+            how=self.config.batching,
+            seed=self.config.seed,
+            epoch=number,
+        )
+        size = self.config.accumulate * self.job.accelerator.num_processes
+        return [micro[at : at + size] for at in range(0, len(micro), size)]
+
+    def run(self) -> None:
+        """Train to the end, from the state in the run folder when resuming."""
+        if self.config.resume and self.job.folder:
+            self._restore(self.job.folder)
+        self.job.screen.start(self.total, self.at.step)
+        self.job.model.train()
+        try:
+            with explained(self.config, self.job.longest):
+                while self.at.step < self.total and not self.at.stopped:
+                    self._epoch()
+        finally:
+            self.job.screen.stop()
+        if self.best is not None:
+            with torch.no_grad():
+                for parameter, tensor in zip(self.parameters, self.best, strict=True):
+                    parameter.copy_(tensor)
+
+    def trial(self) -> float:
+        """The loss of the largest step of the first epoch, after its backward; changes nothing."""
+
+        def weight(step: list[list[int]]) -> int:
+            return max(len(m) * max(len(self.job.train[i]["input_ids"]) for i in m) for m in step)
+
+        self.job.model.train()
+        with explained(self.config, self.job.longest):
+            loss, _, _ = self._gradients(max(self.epoch(0), key=weight))
+        dead = dead_sites(self.job.model)
+        self._forget()
+        if dead:
+            raise TrainingError(_dead(dead))
+        return float(loss)
+
+    def evaluate(self, examples: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """Loss and the task's metrics of the adapter as it is now."""
+        job, batch = self.job, self.config.eval_batch or 2 * self.config.batch
+        return evaluate(
+            job.model, job.task, job.tokenizer, examples, batch, job.accelerator, job.autocast
+        )
+
+    @property
+    def kept(self) -> tuple[int, dict[str, float]]:
+        """Step and validation metrics of the adapter that is kept at the end."""
+        if self.config.keep == "best":
+            return self.at.best_step if self.at.best else self.at.step, self.at.best
+        return self.at.step, self.at.latest
+
+    def _restore(self, folder: Path) -> None:
+        found = state.latest(folder)
+        if found is None:  # stopped before the first state: the start is the state
+            self.job.record.rewind(0)
+            return
+        self.at, offset = state.read_position(found, self.fixed)
+        process = self.job.accelerator.process_index
+        self.best = state.restore(found, self.parameters, self.optimizer, process)
+        self.job.record.rewind(offset)
+
+    def _epoch(self) -> None:
+        steps = self.epoch(self.at.epoch)
+        for step in steps[self.at.index :]:
+            self._step(step)
+            self.at.step += 1
+            self.at.index += 1
+            ended = self.at.index == len(steps)
+            last = self.at.step == self.total
+            if last or self._due(self.config.evaluate_every, ended):
+                self._check()
+            if ended:
+                self.at.epoch, self.at.index = self.at.epoch + 1, 0
+            if last or self.at.stopped or self._due(self.config.save_every, ended):
+                self._save()
+            if last or self.at.stopped:
+                return
+
+    def _due(self, every: int | None, ended: bool) -> bool:
+        return ended if every is None else self.at.step % every == 0
+
+    def _step(self, step: list[list[int]]) -> None:
+        start = time.perf_counter()
+        share = factor(self.at.step, self.total, self.warmup, self.config.schedule)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.job.lr * share
+        loss, norm, tokens = self._gradients(step)
+        loss, norm = torch.stack([loss, norm]).tolist()  # the step's one wait for the device
+        self._guard(step, loss, norm)
+        self.optimizer.step()
+        self._forget()
+        self.at.tokens += tokens
+        seconds = time.perf_counter() - start
+        rows = sum(len(micro) for micro in step)
+        memory = used(self.job.accelerator.device)
+        self.job.record.add(
+            "train",
+            step=self.at.step + 1,
+            epoch=round(self.at.epoch + (self.at.index + 1) / self.per_epoch, 4),
+            loss=loss,
+            lr=self.job.lr * share,
+            grad_norm=norm,
+            tokens=self.at.tokens,
+            seconds=round(seconds, 4),
+            tokens_per_second=round(tokens / seconds, 1),
+            examples_per_second=round(rows / seconds, 2),
+            memory=memory,
+        )
+        self.job.screen.step(self.at.step + 1, self.total, loss, seconds, rows, tokens, memory)
+
+    def _gradients(self, step: list[list[int]]) -> tuple[Tensor, Tensor, int]:
+        """Loss and gradient norm (before clipping) of a step, and its tokens in all processes."""
+        job, accelerator = self.job, self.job.accelerator
+        device = accelerator.device
+        mine = step[accelerator.process_index :: accelerator.num_processes]
+        batches = [job.task.collate([job.train[i] for i in micro], job.tokenizer) for micro in mine]
+        counts = [targets(batch, job.task.name == "causal") for batch in batches]
+        tokens = sum(real_tokens(batch) for batch in batches)
+        sums = torch.tensor([sum(counts), tokens], device=device)
+        total, tokens = accelerator.reduce(sums, "sum").tolist()  # type: ignore[union-attr]
+        if not total:
+            raise TrainingError(f"No target in a whole step: {self._rows(step)}.")
+        loss = torch.zeros((), device=device)
+        for batch, count in zip(batches, counts, strict=True):
+            if count:  # the mean over no target is not a number
+                with job.autocast():
+                    part = job.model(**inputs(job.task, batch, device)).loss * (count / total)
+                part.backward()
+                loss += part.detach().float()
+        if accelerator.num_processes > 1:
+            self._add_up()
+            loss = accelerator.reduce(loss, "sum")
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or float("inf"))
+        return loss, norm, tokens  # type: ignore[return-value]
+
+    def _add_up(self) -> None:
+        for parameter in self.parameters:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = self.job.accelerator.reduce(gradient, "sum")  # type: ignore[assignment]
+
+    def _forget(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _guard(self, step: list[list[int]], loss: float, norm: float) -> None:
+        """Stop rather than train on non-finite numbers or beside places that never learn."""
+        check_finite(self.job, loss, norm, self.at.step + 1, step)
+        if self.at.step == 0 and (dead := dead_sites(self.job.model)):
+            raise TrainingError(_dead(dead))
+
+    def _rows(self, step: list[list[int]]) -> str:
+        return ", ".join(self.job.sources[i] for micro in step for i in micro)
+
+    def _check(self) -> None:
+        job, config = self.job, self.config
+        if not job.validation:
+            return
+        start = time.perf_counter()
+        metrics = self.at.latest = self.evaluate(job.validation)
+        name, way = job.task.best
+        better = _better(metrics[name], self.at.best.get(name), way)
+        if better:
+            self.at.best, self.at.best_step, self.at.stale = metrics, self.at.step, 0
+            if config.keep == "best":
+                self.best = [p.detach().cpu().clone() for p in self.parameters]
+        else:
+            self.at.stale += 1
+            self.at.stopped = config.patience is not None and self.at.stale >= config.patience
+        epoch = round(self.at.epoch + self.at.index / self.per_epoch, 4)
+        seconds = round(time.perf_counter() - start, 4)
+        job.record.add("validation", step=self.at.step, epoch=epoch, **metrics, seconds=seconds)
+        job.screen.checked(self.at.step, metrics, better)
+
+    def _save(self) -> None:
+        if self.job.folder is None:
+            return
+        offset = self.job.record.offset
+        state.write(
+            self.job.folder,
+            self.at,
+            self.fixed,
+            offset,
+            self.parameters,
+            self.best,
+            self.optimizer,
+            self.job.accelerator,
+        )
+
+
+def _fused(parameters: Sequence[nn.Parameter]) -> bool:
+    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+
+
+def _better(value: float, best: float | None, way: str) -> bool:
+    if best is None or math.isnan(best):
+        return True
+    return value > best if way == "max" else value < best
+
+
+def _dead(sites: Sequence[str]) -> str:
+    shown = ", ".join(sites[:8]) + (f" and {len(sites) - 8} more" if len(sites) > 8 else "")
+    return (
+        f"After the first step {len(sites)} of the adapter's places had no gradient: {shown}. "
+        "They would never learn. Leave them out with sites=, or check that the model uses them."
+    )

@@ -1,0 +1,134 @@
+"""Base models and tokenizers by path or name, with errors that say what to do."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from espalier.errors import CheckpointError, SettingError
+
+if TYPE_CHECKING:
+    from espalier.tasks import Task
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        CheckpointError: there is none, here or on the hub.
+    """
+    from transformers import AutoTokenizer
+
+    _check_folder(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(_missing(name, "tokenizer", error)) from error
+    return tokenizer
+
+
+def longest_input(name: str, tokenizer: Any) -> int | None:
+    """Tokens that a model takes at most, from its configuration alone; None when unlimited."""
+    from transformers import AutoConfig
+
+    try:
+        return limit_of(AutoConfig.from_pretrained(name), tokenizer)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(_missing(name, "model", error)) from error
+
+
+def limit_of(config: Any, tokenizer: Any) -> int | None:
+    """The smaller of the model's positions and the tokenizer's limit; None when unlimited."""
+    found = (
+        getattr(config.get_text_config(), "max_position_embeddings", None),
+        getattr(tokenizer, "model_max_length", None),
+    )
+    # Tokenizers without a limit state about 10^30.
+    limits = [int(x) for x in found if isinstance(x, int | float) and 0 < x < 10**6]
+    return min(limits, default=None)
+
+
+def to_device(model: Any, device: torch.device) -> None:
+    """Move a model, unless it is there already (as quantised ones are, which cannot be moved)."""
+    if any(p.device.type != device.type for p in model.parameters()):
+        model.to(device)
+
+
+@contextlib.contextmanager
+def checkpointed(model: Any, on: bool) -> Iterator[None]:
+    """Gradient checkpointing while it lasts; non-reentrant, which frozen inputs need."""
+    if not on:
+        yield
+        return
+    before = getattr(model.config, "use_cache", None)
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise SettingError(f"checkpointing: {error}") from error
+    model.config.use_cache = False  # nothing to keep keys and values for
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+        model.config.use_cache = before
+
+
+def load_model(name: str, task: Task, tokenizer: Any, dtype: torch.dtype) -> tuple[Any, list[str]]:
+    """A model for the task, and the modules that no checkpoint filled: its new head.
+
+    Raises:
+        CheckpointError: there is no such model, here or on the hub, or none of the task's kind.
+    """
+    import transformers
+
+    _check_folder(name)
+    auto = getattr(transformers, task.auto_model)
+    try:
+        model, info = auto.from_pretrained(
+            name,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # a head for other labels is made anew
+            **task.model_settings(),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(_missing(name, f"model for the task {task.name}", error)) from error
+    set_padding(model, tokenizer)
+    new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    return model, sorted({key.rpartition(".")[0] for key in new})
+
+
+def set_padding(model: Any, tokenizer: Any) -> None:
+    """Tell the model's configuration the padding id, which classifiers over decoders need."""
+    if getattr(model.config, "pad_token_id", None) is None:
+        from espalier.tasks import pad_id
+
+        model.config.pad_token_id = pad_id(tokenizer)
+
+
+def width(model: Any) -> int:
+    """The model's hidden width, for the probe of threads."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or 512)
+
+
+def _check_folder(name: str) -> None:
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{name} is a folder without config.json: no model that transformers can load."
+        )
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
+        raise CheckpointError(f"There is no model folder {name}.")
+
+
+def _missing(name: str, what: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    return (
+        f"No {what} could be loaded from {name!r}: neither a folder here nor reachable on the hub, "
+        f"or of another kind. Give the path of a local folder. ({reason})"
+    )

@@ -1,0 +1,134 @@
+"""From settings to what a run works on: data read and checked, examples encoded, limits fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from espalier.deltas import Recipe
+from espalier.errors import SettingError
+from espalier.training.config import RunConfig
+from espalier.training.progress import Screen
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from espalier.data import TaskData
+
+Rows: TypeAlias = "Sequence[Mapping[str, Any]] | str | Path"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Examples by split, and where each training example came from."""
+
+    examples: dict[str, list[dict[str, Any]]]
+    sources: list[str]
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that a run works on."""
+
+    config: RunConfig
+    model: Any
+    tokenizer: Any
+    data: TaskData
+    encoded: Encoded
+    accelerator: Accelerator
+    precision: str
+    screen: Screen
+    folder: Path | None
+
+
+def read_data(
+    config: RunConfig,
+    train: Rows | TaskData | None = None,
+    validation: Rows | None = None,
+    test: Rows | None = None,
+) -> TaskData:
+    """The task's data, from the config's sources or those given in their place."""
+    from espalier.data import TaskData, read_task
+
+    if isinstance(train, TaskData):
+        data = train
+    else:
+        data = read_task(
+            train if train is not None else config.train,
+            validation if validation is not None else config.validation,
+            test if test is not None else config.test,
+            task=config.task,
+            columns=config.columns,
+            limit=config.limit,
+            validation_share=config.validation_share,
+            seed=config.seed,
+            system=config.system,
+            chat_template=config.chat_template,
+            prefix=config.prefix,
+            documents=config.documents,
+        )
+    config.replace(task=data.task.name)  # its rules again, now that the task is known
+    return data
+
+
+def fitting(config: RunConfig, limit: int | None) -> RunConfig:
+    """The config with a max_length that the model can take; `limit` None means any."""
+    if config.max_length is None:
+        return config.replace(max_length=min(512, limit or 512))
+    if limit is not None and config.max_length > limit:
+        raise SettingError(
+            f"max_length is {config.max_length}, but the model takes at most {limit} tokens."
+        )
+    return config
+
+
+def encode(data: TaskData, tokenizer: Any, config: RunConfig) -> Encoded:
+    """Every split as examples; training examples packed when asked for."""
+    examples = {
+        split: data.task.encode(rows, tokenizer, config.max_length)
+        for split, rows in data.splits.items()
+    }
+    rows, train = data.splits["train"], examples["train"]
+    sources = [row.where for row in rows]
+    if len(train) != len(rows):
+        sources = [f"block {i} of {config.train}" for i in range(1, len(train) + 1)]
+    if config.batching == "pack":
+        from espalier.data import pack
+
+        assert config.max_length is not None
+        examples["train"] = pack(train, config.max_length)
+        count = len(examples["train"])
+        sources = [f"packed example {i} of {config.train}" for i in range(1, count + 1)]
+    return Encoded(examples, sources)
+
+
+def precision_of(config: RunConfig, device: torch.device) -> str:
+    """fp32 or bf16: as set, else bf16 on GPUs that have it."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def config_in_hand(
+    model: Any,
+    sources: Mapping[str, Any],
+    parts: Recipe | None,
+    settings: Mapping[str, Any],
+) -> RunConfig:
+    """The settings of a run on objects in hand; `sources` are train, validation and test."""
+
+    def named(source: Any) -> str | None:
+        if source is None:
+            return None
+        return str(source) if isinstance(source, str | Path) else "(rows in memory)"
+
+    return RunConfig(
+        model=getattr(model.config, "_name_or_path", "") or type(model).__name__,
+        method=parts.to_json() if parts is not None else "(the active adapter)",
+        **{split: named(source) for split, source in sources.items()},
+        **settings,
+    )

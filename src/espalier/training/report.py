@@ -1,0 +1,84 @@
+"""What a run says at its beginning and its end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from espalier.deltas import Recipe
+from espalier.training.loop import Loop
+from espalier.training.memory import in_words
+from espalier.training.progress import Screen, duration
+from espalier.training.result import RunResult
+
+if TYPE_CHECKING:
+    from espalier.data import TaskData
+
+
+def truncation(examples: Sequence[Mapping[str, Any]], max_length: int) -> str | None:
+    """How many rows and answers lose tokens to max_length, or None when none does."""
+    cut = sum(e.get("full", 0) > len(e["input_ids"]) for e in examples)
+    if not cut:
+        return None
+    answers = sum(bool(e.get("cut")) for e in examples)
+    also = f", {answers / len(examples):.1%} of the answers themselves" if answers else ""
+    return f"{cut / len(examples):.1%} of the training rows are cut to {max_length} tokens{also}."
+
+
+def plan(loop: Loop, data: TaskData, parts: Recipe, account: Mapping[str, Any]) -> list[str]:
+    """What is about to happen, in a few lines."""
+    config, task = loop.config, data.task
+    rows = ", ".join(f"{len(rows):,} {split}" for split, rows in data.splits.items())
+    labels = f" · {len(task.labels)} labels" if task.labels else ""
+    trained = account["trained"] + account["head"]
+    share = trained / max(1, account["total"])
+    size = config.batch * config.accumulate * loop.job.accelerator.num_processes
+    device = loop.job.accelerator.device
+    threads = f", {loop.job.threads} CPU threads" if device.type == "cpu" else ""
+    length = (
+        f"{config.steps} steps"
+        if config.steps
+        else f"{loop.total} steps ({config.epochs:g} epochs)"
+    )
+    rate = f"lr {loop.job.lr:g} · {loop.job.precision} · {device}{threads}"
+    return [
+        f"{task.name} · {rows} rows{labels}",
+        *data.notes,
+        f"{parts} · trains {trained:,} of {account['total']:,} parameters ({share:.2%})",
+        f"{length} of {size} examples · {rate}",
+    ]
+
+
+def end(screen: Screen, result: RunResult, first_text: str | None) -> None:
+    """What was made, how good it is, and what to type next."""
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("")
+    names = list(dict.fromkeys(name for values in result.metrics.values() for name in values))
+    for split in result.metrics:
+        table.add_column(split, justify="right")
+    for name in names:
+        values = [values.get(name) for values in result.metrics.values()]
+        table.add_row(name, *("" if value is None else f"{value:.4g}" for value in values))
+    screen.say("")
+    screen.console.print(table)
+    kept = f", kept from step {result.best['step']:.0f}" if result.best else ""
+    screen.say(f"\n{result.steps} steps in {duration(result.seconds)}{kept}.")
+    if result.folder is None:
+        return
+    screen.say(f"The adapter is in {result.folder / 'adapter'} ({_size(result.folder)}).")
+    example = f" {_quoted(first_text)}" if first_text else ""
+    screen.say("What to type next:")
+    screen.say(f"  espalier predict {result.folder}{example}")
+    screen.say(f"  espalier merge {result.folder} --out merged")
+
+
+def _size(folder: Path) -> str:
+    return in_words(sum(p.stat().st_size for p in (folder / "adapter").iterdir()))
+
+
+def _quoted(text: str) -> str:
+    short = " ".join(text.split())[:60].replace('"', "'").replace("$", "").replace("`", "")
+    return f'"{short}"'

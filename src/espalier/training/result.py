@@ -1,0 +1,48 @@
+"""What a finished run hands back, and its file in the run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from espalier.training.folders import write_text
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What came of a run.
+
+    Attributes:
+        folder: The run folder, or None when nothing was written.
+        metrics: Metrics by split, like {"validation": {"loss": 0.2, "accuracy": 0.93}}; those of
+            the adapter that was kept.
+        best: Step and metrics of the best evaluation; empty without validation data.
+        history: The lines of metrics.jsonl.
+        seconds: Wall-clock time of the run, or of its last part when it was resumed.
+        account: Trained parameters and bytes, as `esp.account` counts them.
+        steps: Optimiser steps done.
+    """
+
+    folder: Path | None
+    metrics: dict[str, dict[str, float]]
+    best: dict[str, float]
+    history: list[dict[str, Any]]
+    seconds: float
+    account: dict[str, Any]
+    steps: int
+
+    def write(self, folder: Path) -> None:
+        """Keep everything but the history in result.json."""
+        kept = dataclasses.asdict(self) | {"folder": str(folder)}
+        del kept["history"]
+        write_text(folder / "result.json", json.dumps(kept, indent=1) + "\n")
+
+    @staticmethod
+    def read(folder: Path) -> RunResult:
+        """The result of a finished run."""
+        kept = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return RunResult(**kept | {"folder": folder, "history": [json.loads(x) for x in lines]})

@@ -1,0 +1,258 @@
+"""Where a run stands, on disk: resumed after a kill at any moment, it goes on bit for bit.
+
+    state/step-120/run.json             position, best result, settings, length of metrics.jsonl
+                   tensors.safetensors  the adapter's buffers, the best ones, AdamW's moments
+                   random-0.safetensors random states of python, numpy and torch, one per process
+
+A state is written under a temporary name and renamed when complete; only then the one before is
+removed. No pickle is written or read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from espalier.errors import CheckpointError, SettingError
+from espalier.training.config import DECISIVE, RunConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass
+class Position:
+    """How far a run has come, and what it has found."""
+
+    step: int = 0  # optimiser steps done
+    epoch: int = 0
+    index: int = 0  # steps done in this epoch
+    stale: int = 0  # evaluations since the best one
+    stopped: bool = False  # ended early
+    best: dict[str, float] = field(default_factory=dict)  # metrics of the best evaluation
+    best_step: int = 0
+    latest: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What must be the same when a run is resumed."""
+
+    config: RunConfig
+    threads: int
+    processes: int
+    data: str  # hash of the encoded training examples
+    total: int  # optimiser steps of the whole run
+
+
+def seed_all(seed: int) -> None:
+    """Seed python, numpy and torch on every device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def fingerprint(examples: Sequence[dict[str, Any]]) -> str:
+    """A hash of encoded examples, to notice data that changed between start and resume."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for example in examples:
+        for key in sorted(example):
+            digest.update(key.encode())
+            digest.update(np.asarray(example[key]).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete state in a run folder, or None."""
+    states = [p for p in (folder / "state").glob("step-*") if (p / "run.json").is_file()]
+    return max(states, key=lambda p: int(p.name[5:]), default=None)
+
+
+def write(
+    folder: Path,
+    position: Position,
+    fixed: Fixed,
+    offset: int,
+    parameters: Sequence[nn.Parameter],
+    best: Sequence[Tensor] | None,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+) -> None:
+    """Write the run's state and drop older ones; called by every process.
+
+    `offset` is the length of metrics.jsonl in bytes at this moment.
+
+    Raises:
+        CheckpointError: the folder cannot be written or the disk is full.
+    """
+    new = folder / "state" / f"writing-{position.step}"
+    target = folder / "state" / f"step-{position.step}"
+    main = accelerator.is_main_process
+    try:
+        if main:
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        _write_random(new / f"random-{accelerator.process_index}.safetensors")
+        accelerator.wait_for_everyone()
+        if not main:
+            return
+        save_file(_tensors(parameters, best, optimizer), new / "tensors.safetensors")
+        run = {
+            "format": 1,
+            "position": dataclasses.asdict(position),
+            "offset": offset,
+            "fixed": {**_plain(fixed), "config": fixed.config.to_dict()},
+        }
+        (new / "run.json").write_text(json.dumps(run, indent=1), encoding="utf-8")
+        _flush(new)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(new, target)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"The state of the run cannot be written to {new}: {error}"
+        ) from error
+    for old in (folder / "state").iterdir():
+        if old != target:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def read_position(state: Path, fixed: Fixed) -> tuple[Position, int]:
+    """Position and length of metrics.jsonl in a state; checks that settings and data are the same.
+
+    Raises:
+        SettingError: a setting that matters differs from the stopped run's.
+        CheckpointError: the state cannot be read.
+    """
+    run = _read_json(state)
+    was, now = run["fixed"]["config"], fixed.config.to_dict()
+    changed = [key for key in DECISIVE if was.get(key) != now[key]]
+    if changed:
+        lines = [f"  {key}: was {was.get(key)!r}, now {now[key]!r}" for key in changed]
+        raise SettingError(
+            "A run is resumed with the settings it was started with; these differ:\n"
+            + "\n".join(lines)
+            + "\nWrite them as they were, or start anew with overwrite: true."
+        )
+    for key, what in (("data", "the training data"), ("processes", "the number of processes")):
+        if run["fixed"][key] != _plain(fixed)[key]:
+            raise SettingError(f"The run cannot be resumed: {what} changed since it was started.")
+    return Position(**run["position"]), int(run["offset"])
+
+
+def threads_before(folder: Path) -> int | None:
+    """The number of threads the stopped run used: another number may change the last bits."""
+    state = latest(folder)
+    return int(_read_json(state)["fixed"]["threads"]) if state else None
+
+
+def restore(
+    state: Path,
+    parameters: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    process: int = 0,
+) -> list[Tensor] | None:
+    """Put a state's adapter, optimiser and random states back; the best adapter's tensors come out.
+
+    Raises:
+        CheckpointError: a file is broken or does not fit this adapter.
+    """
+    try:
+        tensors = load_file(state / "tensors.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"The state {state} cannot be read: {error}") from error
+    with torch.no_grad():
+        for i, parameter in enumerate(parameters):
+            saved = tensors.get(f"adapter.{i}")
+            if saved is None or saved.shape != parameter.shape:
+                raise CheckpointError(f"The state {state} was written for another adapter.")
+            parameter.copy_(saved)
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer."):
+            _, i, name = key.split(".", 2)
+            moments.setdefault(int(i), {})[name] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    _read_random(state / f"random-{process}.safetensors")
+    best = [tensors[f"best.{i}"] for i in range(len(parameters)) if f"best.{i}" in tensors]
+    return best or None
+
+
+def _plain(fixed: Fixed) -> dict[str, Any]:
+    return {
+        "threads": fixed.threads,
+        "processes": fixed.processes,
+        "data": fixed.data,
+        "total": fixed.total,
+    }
+
+
+def _tensors(
+    parameters: Sequence[nn.Parameter],
+    best: Sequence[Tensor] | None,
+    optimizer: torch.optim.Optimizer,
+) -> dict[str, Tensor]:
+    out = {f"adapter.{i}": p.detach() for i, p in enumerate(parameters)}
+    out |= {f"best.{i}": tensor for i, tensor in enumerate(best or ())}
+    for i, moments in optimizer.state_dict()["state"].items():
+        out |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
+    return {key: tensor.cpu().contiguous() for key, tensor in out.items()}
+
+
+def _read_json(state: Path) -> dict[str, Any]:
+    try:
+        return json.loads((state / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"The state {state} cannot be read: {error}") from error
+
+
+def _write_random(path: Path) -> None:
+    _, keys, *rest = np.random.get_state()
+    version, words, gauss = random.getstate()
+    tensors = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        "python": torch.tensor(words, dtype=torch.int64),
+    }
+    if torch.cuda.is_available():
+        tensors |= {f"cuda.{i}": t for i, t in enumerate(torch.cuda.get_rng_state_all())}
+    others = {"numpy": [int(rest[0]), int(rest[1]), float(rest[2])], "python": [version, gauss]}
+    save_file(tensors, path, metadata={"others": json.dumps(others)})
+
+
+def _read_random(path: Path) -> None:
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            others = json.loads(file.metadata()["others"])
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"The random state {path} cannot be read: {error}") from error
+    torch.set_rng_state(tensors["torch"])
+    np.random.set_state(("MT19937", tensors["numpy"].numpy().astype(np.uint32), *others["numpy"]))
+    version, gauss = others["python"]
+    random.setstate((version, tuple(tensors["python"].tolist()), gauss))
+    cuda = sorted((key for key in tensors if key.startswith("cuda.")), key=lambda k: int(k[5:]))
+    if cuda and torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([tensors[key] for key in cuda])
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
