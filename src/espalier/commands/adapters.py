@@ -1,0 +1,114 @@
+"""What the commands that use a trained adapter share: its options, opening it, reading rows."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from espalier.commands.noise import aside
+from espalier.errors import DataError, SettingError
+
+if TYPE_CHECKING:
+    from espalier.generation import Adapted
+    from espalier.tasks import Row, Task
+
+Run = Annotated[str, typer.Argument(help="Run folder or adapter folder.", metavar="RUN")]
+Base = Annotated[
+    str | None,
+    typer.Option("--model", help="Where the base model is, if not where the adapter says."),
+]
+Batch = Annotated[int, typer.Option(help="Rows at once.", min=1, metavar="N")]
+Precision = Annotated[
+    str,
+    typer.Option(help="fp32, bf16 or auto: bf16 on GPUs that have it.", metavar="auto|fp32|bf16"),
+]
+
+
+def opened(run: str, model: str | None, precision: str = "auto") -> Adapted:
+    """The adapter on its base; what libraries say about it stays off the screen."""
+    if precision not in ("auto", "fp32", "bf16"):
+        raise SettingError(f"--precision must be auto, fp32 or bf16; got {precision!r}.")
+    with aside():
+        from espalier.generation import open_adapter
+
+        return open_adapter(run, model, precision)  # type: ignore[arg-type]
+
+
+def raw_rows(source: str) -> list[Row]:
+    """The rows of a file, a data set (its test split, if it has several), or `-` for stdin.
+
+    Raises:
+        DataError: It cannot be read; names file and line.
+    """
+    from espalier.data.sources import read_source
+
+    if source == "-":
+        return _from_stdin()
+    splits = read_source(source, split="test").splits
+    if "test" in splits:
+        return splits["test"]
+    if len(splits) == 1:
+        return next(iter(splits.values()))
+    raise DataError(f"{source} holds {', '.join(splits)}; give one file of it.")
+
+
+def _from_stdin() -> list[Row]:
+    from espalier.tasks import Row
+
+    rows = []
+    for number, line in enumerate(sys.stdin, 1):
+        if not line.strip():
+            continue
+        where = f"stdin:{number}"
+        if not line.lstrip().startswith("{"):
+            rows.append(Row({TYPED: line.rstrip("\n")}, where))
+            continue
+        try:
+            rows.append(Row(json.loads(line), where))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: broken JSON: {error.msg}.") from None
+    if not rows:
+        raise DataError("stdin is empty: nothing to read.")
+    return rows
+
+
+TYPED = "\0text"  # stands for the task's column in rows that are a plain text
+
+
+def for_task(task: Task, rows: Sequence[Row], columns: Mapping[str, str] | None) -> list[Row]:
+    """Rows in the task's own terms, without answers; plain texts get the task's column."""
+    from espalier.data.loading import task_with_columns
+
+    own = task_with_columns(task, rows, columns, labelled=False)
+    return [own.read(typed_row(own, row), labelled=False) for row in rows]
+
+
+def typed_row(task: Task, row: Row) -> Row:
+    """A row whose plain text, if it is one, stands in the column that the task reads."""
+    from espalier.tasks import Row
+
+    if TYPED not in row.values:
+        return row
+    text = row.values[TYPED]
+    needed = [name for name in task.columns if name not in _ANSWERS]
+    if "messages" in task.columns:
+        return Row({task.columns["messages"]: [{"role": "user", "content": text}]}, row.where)
+    if "tokens" in task.columns:
+        return Row({task.columns["tokens"]: text.split()}, row.where)
+    if needed[1:] and "input" not in needed:
+        names = ", ".join(task.columns[name] for name in needed)
+        raise DataError(f"{row.where}: this adapter needs {names}; give rows with --data.")
+    return Row({task.columns[needed[0]]: text}, row.where)
+
+
+_ANSWERS = {"label", "labels", "tags", "completion", "output", "target", "system"}
+
+
+def shown_values(row: Row) -> dict[str, Any]:
+    """A row as it is written back: a plain text under the name `text`."""
+    return {"text" if name == TYPED else name: value for name, value in row.values.items()}

@@ -1,0 +1,229 @@
+"""Flags of `espalier train`, made from the fields of `RunConfig` and of the chosen method.
+
+Nothing is listed twice: a new setting of a run or of a method is a new flag by itself. What a
+person types stays text here; the objects that own the settings check it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
+
+import typer
+import yaml
+
+from espalier.errors import SettingError, nearest
+
+if TYPE_CHECKING:
+    from espalier.deltas import Method
+
+# The field with which each panel of the help begins.
+_PANELS = {
+    "model": "Model and data",
+    "method": "Method",
+    "epochs": "Training",
+    "evaluate_every": "Evaluation",
+    "out": "Run",
+}
+
+
+def flag(name: str) -> str:
+    """A setting's flag: max_length gives --max-length."""
+    return f"--{name.replace('_', '-')}"
+
+
+def with_run_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command, which takes `**settings`, one option per field of RunConfig."""
+    from espalier.training.config import RunConfig
+
+    own = [p for p in inspect.signature(command).parameters.values() if p.kind != p.VAR_KEYWORD]
+    panel = ""
+    made = []
+    for name, field in RunConfig.model_fields.items():
+        panel = _PANELS.get(name, panel)
+        default = "required" if field.is_required() else field.get_default()
+        made.append(_option(name, field.annotation, field.description or "", default, panel))
+    hints = get_type_hints(command, include_extras=True)
+    own = [p.replace(annotation=hints[p.name]) for p in own]
+    command.__signature__ = inspect.Signature(own + made)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in own + made}
+    return command
+
+
+def _option(name: str, kind: Any, text: str, default: Any, panel: str) -> inspect.Parameter:
+    told = "" if default is None else f" [{str(default).lower()}]"
+    switch = kind is bool
+    names = f"{flag(name)}/--no-{name.replace('_', '-')}" if switch else flag(name)
+    option = typer.Option(
+        names,
+        help=(text + ("" if switch else told)).replace("[", "\\["),
+        metavar=None if switch else _metavar(kind),
+        show_default=False,
+        rich_help_panel=panel,
+    )
+    annotation = Annotated[bool | None if switch else str | None, option]
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+    )
+
+
+def _metavar(kind: Any) -> str:
+    """What stands for a value in the help: its choices, or the sort of thing it is."""
+    words, inner = [], set()
+    for part in _members(kind):
+        if isinstance(part, str):
+            words.append(part)
+        else:
+            inner.add(part)
+    for known, word in ((int, "N"), (float, "X"), (dict, "A=B,..."), (str, "TEXT")):
+        if known in inner:
+            words.append(word)
+            break
+    return "|".join(words) or "PATH"
+
+
+def _members(kind: Any) -> Iterable[Any]:
+    """The types of a union and the words of a Literal, flat."""
+    if get_origin(kind) in (list, dict):
+        yield get_origin(kind)
+    elif get_args(kind):
+        for part in get_args(kind):
+            yield from _members(part)
+    else:
+        yield kind
+
+
+def given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that were typed; lists and mappings read out of their text."""
+    values = {name: value for name, value in settings.items() if value is not None}
+    if "columns" in values:
+        values["columns"] = mapping(values["columns"])
+    if "," in str(values.get("head", "")):
+        values["head"] = [part.strip() for part in values["head"].split(",")]
+    return values
+
+
+def mapping(text: str) -> dict[str, str]:
+    """`text=review,label=stars` as a mapping; YAML such as `{text: review}` too.
+
+    Raises:
+        SettingError: it is neither.
+    """
+    if text.lstrip().startswith("{"):
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = None
+        if isinstance(value, dict):
+            return {str(k): str(v) for k, v in value.items()}
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(sep and name.strip() and value.strip() for name, sep, value in pairs):
+        raise SettingError(f"--columns takes text=review,label=stars; got {text!r}.")
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+# ------------------------------------------------------------------------------ settings of methods
+
+
+def method_settings(words: Sequence[str], method: object) -> list[dict[str, Any]]:
+    """The method with the settings that were typed as flags of their own (`--rank 16`).
+
+    Args:
+        words: What no option of the command took.
+        method: The method so far, in any form that `esp.recipe` reads.
+
+    Returns:
+        The recipe as JSON data, with the settings in it.
+
+    Raises:
+        SettingError: A flag is no setting of the run or of the method; names the nearest.
+    """
+    from espalier.deltas import recipe
+
+    typed = _pairs(words)
+    # A setting that is wrong by itself in the text is reported by `recipe`; those typed are added
+    # before it looks, so that `--method lora --rank 0` is refused for the rank.
+    parts = recipe(method).to_json()
+    classes = [type(m) for m in recipe(method).methods]
+    for name, text in typed.items():
+        at = [i for i, cls in enumerate(classes) if name in fields_of(cls)]
+        if not at:
+            raise SettingError(unknown_flag(name, classes))
+        if len(at) > 1:
+            names = " and ".join(classes[i].__name__ for i in at)
+            raise SettingError(
+                f"{names} both have a setting {name}; write it into the method: "
+                f"--method \"{classes[at[0]].__name__}({name}={text}) + ...\""
+            )
+        parts[at[0]][name] = _value(text, fields_of(classes[at[0]])[name])
+    return recipe(parts).to_json()
+
+
+def fields_of(method: type[Method]) -> dict[str, Any]:
+    """A method's settings and their types."""
+    hints = get_type_hints(method)
+    return {field.name: hints[field.name] for field in dataclasses.fields(method)}  # type: ignore[arg-type]
+
+
+def _pairs(words: Sequence[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise SettingError(
+                f"{word!r} belongs to no flag; settings are given as --name value "
+                "(put a value with spaces in quotes)."
+            )
+        name, sep, value = word[2:].partition("=")
+        if not sep:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        pairs[name.replace("-", "_")] = value
+    return pairs
+
+
+def _value(text: str, kind: Any) -> Any:
+    """Text as the field's type; what does not fit is left for the method to refuse."""
+    kinds = set(_members(kind))
+    if str in kinds and not kinds & {int, float, bool}:
+        return text
+    try:
+        value = yaml.safe_load(text)
+        if float in kinds and int not in kinds and not isinstance(value, bool):
+            return float(text)
+    except (yaml.YAMLError, ValueError):
+        return text
+    return value
+
+
+def unknown_flag(name: str, methods: Sequence[type[Method]]) -> str:
+    """One sentence on a flag that nothing takes: the right one, or the nearest."""
+    from espalier.training.aliases import ALIASES
+    from espalier.training.config import RunConfig
+
+    if name in ALIASES:
+        return f"There is no flag --{name}: {as_flags(ALIASES[name])}."
+    of_method = {field for cls in methods for field in fields_of(cls)}
+    known = [flag(field) for field in {*RunConfig.model_fields, *of_method}]
+    near = nearest(flag(name), [*known, "--config", "--print-config"])
+    names = " + ".join(cls.__name__ for cls in methods)
+    if near.startswith("did"):
+        return f"There is no flag {flag(name)} for {names}; {near}"
+    return (
+        f"There is no flag {flag(name)}; {names} has {', '.join(map(flag, sorted(of_method)))}, "
+        "and `espalier train --help` lists those of a run."
+    )
+
+
+def as_flags(sentence: str) -> str:
+    """A sentence about config keys (`write lr`, `write method: LoRA(rank=8)`) in flags."""
+    found = re.fullmatch(r"write method: (\w+)\((\w+)=(.*)\)", sentence)
+    if found:
+        return f"write --method {found[1].lower()} {flag(found[2])} {found[3]}"
+    found = re.fullmatch(r"write (\w+)(?:: ([\w\[\] ]+))?(.*)", sentence)
+    if found:
+        return f"write {flag(found[1])}{' ' + found[2] if found[2] else ''}{found[3]}"
+    return sentence

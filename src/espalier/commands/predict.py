@@ -1,0 +1,94 @@
+"""`espalier predict`: rows in, the same rows with a prediction out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from espalier.commands.adapters import (
+    TYPED,
+    Base,
+    Batch,
+    Precision,
+    Run,
+    for_task,
+    opened,
+    raw_rows,
+    shown_values,
+)
+from espalier.commands.flags import mapping
+from espalier.commands.noise import aside
+from espalier.commands.screen import say, whisper
+from espalier.errors import SettingError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+EXAMPLE = """\
+espalier predict runs/reviews-lora "A film to remember."
+espalier predict runs/reviews-lora --data new.csv --out predictions.jsonl
+cat new.jsonl | espalier predict runs/reviews-lora --data - > predictions.jsonl"""
+
+
+def command(
+    run: Run,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts to predict.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="File with rows; - reads JSON lines or texts from stdin.")
+    ] = None,
+    out: Annotated[
+        str, typer.Option(help="File for rows with predictions, as JSON lines; - prints them.")
+    ] = "-",
+    columns: Annotated[
+        str | None, typer.Option(help="Which column plays which part: text=review.")
+    ] = None,
+    batch: Batch = 32,
+    model: Base = None,
+    precision: Precision = "auto",
+) -> None:
+    """Predict rows: what comes in comes out again, with `prediction` and `probability`."""
+    if bool(texts) == bool(data):
+        raise SettingError("Give either texts or --data.")
+    if out != "-":
+        check_target(Path(out))
+    from espalier.tasks import Row
+
+    rows = raw_rows(data) if data else [Row({TYPED: t}, "argument") for t in texts or ()]
+    at = opened(run, model, precision)
+    with aside():
+        from espalier.generation import predict
+
+        own = for_task(at.task, rows, mapping(columns) if columns else None)
+        found = list(predict(at, own, batch))
+    lines = (shown_values(row) | answer for row, answer in zip(rows, found, strict=True))
+    if out == "-":
+        say(*map(as_line, lines))
+    else:
+        write_lines(Path(out), lines)
+        whisper(f"{len(rows):,} rows with predictions are in {out}.")
+
+
+def as_line(row: dict[str, Any]) -> str:
+    """A row as one JSON line; dates and the like as text."""
+    return json.dumps(row, ensure_ascii=False, default=str)
+
+
+def check_target(path: Path) -> None:
+    """Refuse a file that cannot be written, before any work is done."""
+    from espalier.training.folders import write_text
+
+    if path.is_dir():
+        raise SettingError(f"--out {path} is a folder; name a file.")
+    probe = path.with_name(f".{path.name}.probe")
+    write_text(probe, "")
+    probe.unlink()
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as JSON lines; the file appears whole or not at all."""
+    from espalier.training.folders import write_text
+
+    write_text(path, "".join(as_line(row) + "\n" for row in rows))

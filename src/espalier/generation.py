@@ -1,0 +1,263 @@
+"""A trained adapter at work: opened from its folder alone, then predicting or writing text.
+
+The folder's card names the base model and holds the task, so that inputs are formatted exactly as
+they were in training: same columns, same template, same system text, same limits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from espalier.checkpoint import load, read_card
+from espalier.errors import CheckpointError, SettingError
+from espalier.training.evaluate import by_length, evaluating, inputs
+from espalier.training.models import load_model, load_tokenizer, to_device
+
+if TYPE_CHECKING:
+    from espalier.tasks import Row, Task
+
+Precision = Literal["auto", "fp32", "bf16"]
+AT_ONCE = 1024  # rows predicted before the first of them is handed out
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How text is generated; saved with an adapter under "generation".
+
+    Attributes:
+        max_new_tokens: Longest answer.
+        temperature: 0 takes the most probable token each time (greedy).
+        top_p: Sample among the most probable tokens that together have this probability.
+        top_k: Sample among this many tokens; 0 for all.
+        num_beams: Beam search with this many beams when above 1.
+        repetition_penalty: Above 1 makes tokens already there less probable.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    num_beams: int = 1
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, ok, rule in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("num_beams", self.num_beams >= 1, "at least 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+        ):
+            if not ok:
+                raise SettingError(f"{name} must be {rule}; got {getattr(self, name)}.")
+
+    @staticmethod
+    def saved(extras: Mapping[str, Any], **typed: float | None) -> Writing:
+        """The settings saved with an adapter, under those that were typed (None: not typed)."""
+        kept = dict(extras.get("generation") or {})
+        if not kept.pop("do_sample", "temperature" in kept):
+            kept["temperature"] = 0.0
+        known = {field.name for field in dataclasses.fields(Writing)}
+        values = {name: value for name, value in kept.items() if name in known}
+        return Writing(**values | {n: v for n, v in typed.items() if v is not None})
+
+    def for_generate(self) -> dict[str, Any]:
+        """Keywords of transformers' `generate`; what greedy decoding has no use for is left out."""
+        kept: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": self.temperature > 0,
+            "num_beams": self.num_beams,
+            "repetition_penalty": self.repetition_penalty,
+        }
+        if self.temperature > 0:
+            kept |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return kept
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A base model with its adapter active, its tokenizer, and the task it was trained for."""
+
+    folder: Path
+    model: Any
+    tokenizer: Any
+    task: Task
+    card: Mapping[str, Any]
+
+    @property
+    def extras(self) -> Mapping[str, Any]:
+        """What the trainer saved with the adapter."""
+        return self.card["extras"]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base lies."""
+        return next(torch.nn.Module.parameters(self.model)).device
+
+    @property
+    def max_length(self) -> int | None:
+        """The limit of training, in tokens."""
+        return self.extras.get("max_length")
+
+
+def open_adapter(
+    folder: str | Path, base: str | None = None, precision: Precision = "auto"
+) -> Adapted:
+    """The adapter in a run folder or adapter folder, on its base, ready to use.
+
+    Args:
+        folder: As `esp.load` takes it.
+        base: Where the base model is, if not where the card says.
+        precision: The base's numbers; auto is bf16 on GPUs that have it and fp32 elsewhere.
+
+    Raises:
+        CheckpointError: The adapter or its base is missing, damaged, or does not fit.
+        SettingError: The card names no task.
+    """
+    from espalier.tasks import task_from_extras
+
+    card = read_card(folder)
+    task = task_from_extras(card["extras"])
+    name = base or card["base"]["name"]
+    if not name:
+        raise CheckpointError(
+            f"The card in {folder} does not name its base model; give it with --model."
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        tokenizer = load_tokenizer(name)
+        model, _ = load_model(name, task, tokenizer, _dtype(precision, device))
+    except CheckpointError as error:
+        if base:
+            raise
+        raise CheckpointError(
+            f"{error} It is the base of the adapter in {folder}; "
+            "if it has moved, say where with --model."
+        ) from error
+    load(model, folder, "adapter")
+    to_device(model, device)
+    model.eval()
+    return Adapted(Path(folder), model, tokenizer, task, card)
+
+
+def _dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    if precision == "auto":
+        half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if half else torch.float32
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+# ----------------------------------------------------------------------------------- predicting
+
+
+def predict(at: Adapted, rows: Sequence[Row], batch: int = 32) -> Iterator[dict[str, Any]]:
+    """For each row, in order: {"prediction": what a person reads}, and "probability" if known.
+
+    Text-writing tasks answer with generated text.
+    """
+    for start in range(0, len(rows), AT_ONCE):
+        some = rows[start : start + AT_ONCE]
+        if writes(at.task):
+            texts = write(at, [row.values for row in some], Writing.saved(at.extras), batch)
+            yield from ({"prediction": text} for text in texts)
+        else:
+            yield from _classify(at, some, batch)
+
+
+def writes(task: Task) -> bool:
+    """Whether the task's answers are generated text."""
+    return task.name in ("causal", "seq2seq")
+
+
+def _classify(at: Adapted, rows: Sequence[Row], batch: int) -> list[dict[str, Any]]:
+    examples = at.task.encode(rows, at.tokenizer, at.max_length)
+    found: list[dict[str, Any]] = [{}] * len(rows)
+    with evaluating(at.model):
+        for chunk in by_length(examples, batch):
+            on_cpu = at.task.collate([examples[i] for i in chunk], at.tokenizer)
+            outputs = at.model(**inputs(at.task, on_cpu, at.device))
+            for i, guess in zip(chunk, at.task.predict(outputs, on_cpu), strict=True):
+                found[i] = {"prediction": at.task.decode(guess)}
+                probability = getattr(guess, "probability", None)
+                if probability is not None:
+                    found[i]["probability"] = round(probability, 4)
+    return found
+
+
+# -------------------------------------------------------------------------------------- writing
+
+
+def write(
+    at: Adapted, requests: Sequence[Any], how: Writing, batch: int = 8, seed: int = 0
+) -> list[str]:
+    """The model's answer to each request (a text, a list of messages, or a row's values).
+
+    Raises:
+        SettingError: The adapter's task does not write text.
+    """
+    prompts = [_prompt(at, request, how) for request in requests]
+    answers = [""] * len(prompts)
+    torch.manual_seed(seed)
+    with evaluating(at.model):
+        for chunk in by_length([{"input_ids": prompt} for prompt in prompts], batch):
+            new = _generate(at, [prompts[i] for i in chunk], how)
+            for i, ids in zip(chunk, new, strict=True):
+                answers[i] = at.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return answers
+
+
+def stream(at: Adapted, request: Any, how: Writing, show: Callable[[str], object]) -> str:
+    """One answer, handed to `show` piece by piece as it is written; returns the whole of it."""
+    from transformers import TextStreamer
+
+    class Shower(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            show(text)
+
+    pieces = Shower(at.tokenizer, skip_prompt=at.task.name == "causal", skip_special_tokens=True)
+    with evaluating(at.model):
+        ids = _generate(at, [_prompt(at, request, how)], how, pieces if how.num_beams == 1 else None)
+    text = at.tokenizer.decode(ids[0], skip_special_tokens=True).strip()
+    if how.num_beams > 1:
+        show(text)
+    return text
+
+
+def _prompt(at: Adapted, request: Any, how: Writing) -> list[int]:
+    """Token ids to go on from, short enough to leave room for the answer."""
+    limit = at.max_length
+    room = None if limit is None else max(2, limit - how.max_new_tokens)
+    return at.task.prompt(request, at.tokenizer, room)
+
+
+def _generate(
+    at: Adapted, prompts: Sequence[Sequence[int]], how: Writing, streamer: Any = None
+) -> list[list[int]]:
+    """The new ids for each prompt."""
+    from espalier.tasks import pad_id
+
+    width, fill = max(map(len, prompts)), pad_id(at.tokenizer)
+    before = at.task.name == "causal"  # a decoder goes on from the right end
+
+    def padded(ids: Sequence[int], value: int) -> list[int]:
+        space = [value] * (width - len(ids))
+        return [*space, *ids] if before else [*ids, *space]
+
+    ids = torch.tensor([padded(p, fill) for p in prompts], device=at.device)
+    mask = torch.tensor([padded([1] * len(p), 0) for p in prompts], device=at.device)
+    out = at.model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        pad_token_id=fill,
+        eos_token_id=at.task.stop_ids(at.tokenizer),  # type: ignore[attr-defined]
+        streamer=streamer,
+        **how.for_generate(),
+    )
+    return (out[:, width:] if before else out).tolist()
