@@ -231,5 +231,3 @@ def _local(folder: str) -> Path:
         raise CheckpointError(
             f"there is no folder {folder}, and the hub did not give it: {type(error).__name__}"
         ) from error
-
-

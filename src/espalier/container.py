@@ -69,7 +69,10 @@ class Container:
 
 
 def write(
-    path: Path, tensors: Iterable[tuple[str, Tensor]], runs: Iterable[Tensor], metadata: Mapping[str, str]
+    path: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    runs: Iterable[Tensor],
+    metadata: Mapping[str, str],
 ) -> None:
     """Write a safetensors file under a temporary name and put it in place.
 

@@ -68,9 +68,7 @@ class Delta:
         """The host's output with the change; the unchanged `y` by default."""
         return y
 
-    def fold(
-        self, t: Tensors, w: Tensor, b: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def fold(self, t: Tensors, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight (out, in) and bias with the change folded in, fp32. Raises where it cannot."""
         raise SiteError(f"{type(self).__name__} at {self.site.path} cannot be merged into a weight")
 
@@ -93,9 +91,7 @@ class Delta:
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module of the base by path; what Espalier put beside them is left out."""
     return {
-        path: module
-        for path, module in model.named_modules()
-        if path.partition(".")[0] != CHILD
+        path: module for path, module in model.named_modules() if path.partition(".")[0] != CHILD
     }
 
 

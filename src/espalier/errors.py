@@ -50,9 +50,7 @@ def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     """A phrase naming the known words nearest to `word`, for the end of an error message."""
     words = sorted(set(known))
     lower = {w.lower(): w for w in words}
-    close = [
-        lower[m] for m in difflib.get_close_matches(word.lower(), lower, n=count, cutoff=0.5)
-    ]
+    close = [lower[m] for m in difflib.get_close_matches(word.lower(), lower, n=count, cutoff=0.5)]
     if close:
         return "did you mean " + " or ".join(repr(w) for w in close) + "?"
     return "known: " + ", ".join(words) if words else "none are known"

@@ -33,7 +33,7 @@ def merge(
         AdapterError: Something cannot be merged exactly; nothing has been changed then.
     """
     graft = find(model)
-    live = resolve(model, graft.live and dict(graft.live) if choice is None else choice)
+    live = resolve(model, dict(graft.live) if choice is None else choice)
     if not live:
         raise AdapterError("no adapter is active; name the one to merge")
     folds = _collect(graft, live)

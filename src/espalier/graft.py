@@ -261,7 +261,9 @@ def head_modules(model: nn.Module, places: Sites, head: Head) -> list[str]:
     }
     loaded = {id(p) for own in owners.values() for p in own if "_is_hf_initialized" in p.__dict__}
     if loaded:
-        return [path for path, own in owners.items() if own and not any(id(p) in loaded for p in own)]
+        return [
+            path for path, own in owners.items() if own and not any(id(p) in loaded for p in own)
+        ]
     words = getattr(model, "get_output_embeddings", lambda: None)()
     if words is not None:
         return []

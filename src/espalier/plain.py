@@ -61,6 +61,7 @@ class LowRankConv(Delta):
         x = _drop(x, self.dropout, training)
         conv, padding = self.conv, self.conv.padding
         if conv.padding_mode != "zeros":
+            assert isinstance(conv.padding, tuple)  # LoRA refuses the rest
             height, width = conv.padding
             x = F.pad(x, (width, width, height, height), mode=conv.padding_mode)
             padding = 0

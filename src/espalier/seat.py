@@ -110,9 +110,7 @@ def take(y: Tensor, rows: Rows) -> Tensor:
 
 
 def place(y: Tensor, rows: Rows, part: Tensor) -> Tensor:
-    """y with the features of `rows` replaced by `part`; y itself is not written to."""
+    """The output with the features of `rows` replaced by `part`; y itself is not written to."""
     whole = y.unflatten(-1, (rows.groups, rows.width))
     inner = part.unflatten(-1, (rows.groups, rows.stop - rows.start))
-    return torch.cat(
-        (whole[..., : rows.start], inner, whole[..., rows.stop :]), dim=-1
-    ).flatten(-2)
+    return torch.cat((whole[..., : rows.start], inner, whole[..., rows.stop :]), dim=-1).flatten(-2)

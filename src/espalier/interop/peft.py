@@ -87,7 +87,7 @@ def write_peft(model: nn.Module, adapter: Adapter, folder: Path) -> None:
     tensors: dict[str, Tensor] = {}
     entries = {path: _joined(parts) for path, parts in lows.items()}
     for path, low in entries.items():
-        table = any(k == (path, "embedding") or k[0] == path and s.kind == "embedding"
+        table = any(k == (path, "embedding") or (k[0] == path and s.kind == "embedding")
                     for k, s in places.items())  # fmt: skip
         word = "lora_embedding_%s" if table else "lora_%s.weight"
         tensors[f"{PREFIX}{path}.{word % 'A'}"] = low.a
@@ -183,6 +183,7 @@ class Foreign:
     file: Container
     pairs: dict[str, dict[str, str]] = field(default_factory=dict)  # path → {"a": key, "b": key}
     whole: dict[str, str] = field(default_factory=dict)  # parameter → key in the file
+    spare: set[str] = field(default_factory=set)  # what bias="all" saves of a head twice over
 
 
 def read_peft(model: nn.Module, folder: Path, name: str) -> tuple[Graft, Adapter]:
@@ -200,6 +201,7 @@ def read_peft(model: nn.Module, folder: Path, name: str) -> tuple[Graft, Adapter
             f"{foreign.file.path} was made for another model: this {type(model).__name__} has no "
             + ", ".join(sorted(lacking)[:3])
         )
+    _drop_unchanged(foreign, modules)
     heads, bias = _whole_parts(foreign, folder)
     recipe = _recipe(sites(model), foreign, bias)
     graft, adapter = prepare(
@@ -247,9 +249,25 @@ def _sort_key(foreign: Foreign, key: str) -> None:
         if inner.endswith(word):
             foreign.pairs.setdefault(inner.removesuffix(word), {})[part] = key
             return
+    name = inner.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+    if ".original_module." in inner or name in foreign.whole:
+        foreign.spare.add(key)
+        return
     if ".lora_" in inner or not key.startswith(PREFIX):
         raise CheckpointError(f"{foreign.file.path}: cannot place the tensor {key!r}")
-    foreign.whole[inner.replace(".base_layer.", ".")] = key
+    foreign.whole[name] = key
+
+
+def _drop_unchanged(foreign: Foreign, modules: Mapping[str, nn.Module]) -> None:
+    """Set aside copies of the base's own tables, which peft saves beside adapted embeddings."""
+    for name, key in list(foreign.whole.items()):
+        path, _, last = name.rpartition(".")
+        own = modules[path]._parameters.get(last)
+        if last == "weight" and own is not None and own.shape == foreign.file.entries[key].shape:
+            value = foreign.file.tensor(key)
+            if torch.equal(value.to(own.dtype), own.detach().cpu()):
+                del foreign.whole[name]
+                foreign.spare.add(key)
 
 
 def _whole_parts(foreign: Foreign, folder: Path) -> tuple[list[str], str]:
@@ -294,7 +312,7 @@ def _recipe(places: Sites, foreign: Foreign, bias: str) -> Recipe:
 
 
 def _pattern(config: Mapping[str, Any], pattern: str, path: str, default: str) -> float:
-    """peft's value for a path: its pattern's whose key ends the path, else the default."""
+    """Peft's value for a path: its pattern's whose key ends the path, else the default."""
     import re
 
     for key, value in (config.get(pattern) or {}).items():
@@ -338,6 +356,6 @@ def _fill(adapter: Adapter, foreign: Foreign) -> None:
                 )
             view.data.copy_(value)
             used.add(source)
-    unplaced = sorted(set(foreign.file.entries) - used)
+    unplaced = sorted(set(foreign.file.entries) - used - foreign.spare)
     if unplaced:
         raise CheckpointError(f"{foreign.file.path}: no place for {', '.join(unplaced[:3])}")
