@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from espalier.data.batching import batches, in_order
+from espalier.data.checking import Report, check
 from espalier.data.loading import TaskData, read_rows, read_task
+from espalier.data.packing import pack, packing_refusal
 from espalier.tasks import Row
 
 __all__ = [
+    "Report",
     "Row",
     "TaskData",
     "batches",
+    "check",
     "in_order",
+    "pack",
+    "packing_refusal",
     "read_rows",
     "read_task",
 ]

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from espalier.data.columns import Form
+from espalier.data.forms import Form
 from espalier.errors import DataError, SettingError
-from espalier.tasks import Causal, Classification, Regression, Task
+from espalier.tasks import (
+    Causal,
+    Classification,
+    Multilabel,
+    Regression,
+    Seq2Seq,
+    Task,
+    Tokens,
+)
 from espalier.tasks.labels import column_cells, found_labels, label_name
+from espalier.tasks.multilabel import has_flags, label_list
 from espalier.tasks.rows import Row
+from espalier.tasks.tokens import word_list
 
 
 def build_task(
@@ -36,19 +47,44 @@ def build_task(
         return Causal(form.columns, None, form.kind, form.separator, system, chat_template)
     if form.task == "regression":
         return Regression(form.columns)
-    labels, indexed = _class_names(form.columns["label"], rows, names)
-    return Classification(form.columns, labels, indexed)
+    if form.task == "seq2seq":
+        return Seq2Seq(form.columns, None, prefix)
+    column = form.columns["tags" if form.task == "tokens" else "label"]
+    if form.task == "classification":
+        cells = column_cells(rows, column)
+        return Classification(form.columns, *_class_names(column, cells, names))
+    read = word_list if form.task == "tokens" else label_list
+    lists = [(row, read(row, column)) for row in rows]
+    flags = form.task == "multilabel" and has_flags(values for _, values in lists)
+    if flags:
+        return Multilabel(form.columns, _flag_names(column, len(lists[0][1]), names), False, True)
+    cells = [(row, value) for row, values in lists for value in values]
+    labels, indexed = _class_names(column, cells, names)
+    if form.task == "tokens":
+        return Tokens(form.columns, labels, indexed)
+    return Multilabel(form.columns, labels, indexed)
+
+
+def _flag_names(column: str, count: int, names: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Names for the places of 0/1 flags: those stated if their number is right, else numbers."""
+    stated = _stated_names(column, names)
+    if stated is None:
+        return tuple(str(i) for i in range(count))
+    if len(stated) != count:
+        raise DataError(
+            f"column {column!r} has {count} flags per row, but {len(stated)} label names are given"
+        )
+    return _distinct(stated)
 
 
 def _class_names(
-    column: str, rows: Sequence[Row], names: Mapping[str, Sequence[str]]
+    column: str, cells: Sequence[tuple[Row, Any]], names: Mapping[str, Sequence[str]]
 ) -> tuple[tuple[str, ...], bool]:
     """Class names, and whether whole numbers in the data are places among them."""
-    cells = column_cells(rows, column)
     stated = _stated_names(column, names)
     if stated is not None:
         listed = _distinct(stated)
-        if column in names or column in ("label", "labels"):
+        if column in names or column in ("label", "labels", "tags", "ner_tags"):
             return listed, True
         # An unnamed list of labels may belong to another column than the one asked for.
         used = {label_name(value, row, column) for row, value in cells}

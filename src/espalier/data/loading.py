@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from espalier.data.building import build_task
-from espalier.data.columns import Form, recognise
+from espalier.data.columns import recognise
+from espalier.data.forms import Form
 from espalier.data.sources import Raw, Source, read_source
 from espalier.errors import DataError, SettingError
 from espalier.tasks import Causal, Row, Task, task_class

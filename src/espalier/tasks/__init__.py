@@ -10,9 +10,12 @@ from espalier.errors import SettingError, nearest
 from espalier.tasks.causal import Causal
 from espalier.tasks.classification import Classification, Guess
 from espalier.tasks.encoding import pad_id
+from espalier.tasks.multilabel import Multilabel
 from espalier.tasks.regression import Regression
 from espalier.tasks.rows import Row
+from espalier.tasks.seq2seq import Seq2Seq
 from espalier.tasks.task import IGNORED, Example, Task
+from espalier.tasks.tokens import Tokens
 
 __all__ = [
     "IGNORED",
@@ -21,15 +24,20 @@ __all__ = [
     "Classification",
     "Example",
     "Guess",
+    "Multilabel",
     "Regression",
     "Row",
+    "Seq2Seq",
     "Task",
+    "Tokens",
     "pad_id",
     "task_class",
     "task_from_extras",
 ]
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Classification, Regression, Causal)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (Classification, Multilabel, Regression, Tokens, Causal, Seq2Seq)
+}
 
 
 def task_class(name: str) -> type[Task]:

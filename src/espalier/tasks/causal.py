@@ -6,7 +6,7 @@ learned, also where the tokenizer pads with that very token: masking goes by pos
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
@@ -28,10 +28,10 @@ from espalier.tasks.encoding import (
     plain_ids,
 )
 from espalier.tasks.metrics import TextLoss, text_scores
-from espalier.tasks.pieces import Encoded, Piece, encode_pieces, fit
-from espalier.tasks.requests import completion_of, messages_of
+from espalier.tasks.pieces import Encoded, encode_pieces, fit, learned_pieces
+from espalier.tasks.requests import completion_of, messages_of, requested_text, requested_turns
 from espalier.tasks.rows import Row, text_cell
-from espalier.tasks.task import IGNORED, Example, Task
+from espalier.tasks.task import IGNORED, Example, Piece, Task
 from espalier.tasks.textloss import count_chars, target_chars, text_losses
 
 if TYPE_CHECKING:
@@ -80,6 +80,16 @@ class Causal(Task):
         if turns[-1]["role"] == "assistant":
             turns = turns[:-1]
         return "\n".join(message["content"] for message in turns)
+
+    def preview(
+        self, row: Row, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None
+    ) -> list[Piece]:
+        """See `Task.preview`."""
+        if tokenizer is not None:
+            return learned_pieces(self.encode([row], tokenizer, max_length), tokenizer)
+        if self.form == "text":
+            return [Piece(row.values["text"], True)]
+        return [Piece(self.key(row) + self.separator, False), Piece(self.answer(row), True)]
 
     def model_settings(self) -> dict[str, Any]:
         """Nothing: the head is the model's own."""
@@ -215,35 +225,17 @@ class Causal(Task):
         start: list[int] = []
         if self.form == "chat":
             template = template_of(tokenizer, self.chat_template)
-            messages = with_system(list(self._turns(request)), self.system)
+            messages = with_system(requested_turns(request, self.columns), self.system)
             pieces = prompt_pieces(tokenizer, messages, template)
         else:
             start = opening(tokenizer)
-            pieces = [Piece(self._prompt_text(request) + self.separator, False)]
+            name = "text" if self.form == "text" else "prompt"
+            pieces = [Piece(requested_text(request, self.columns, name) + self.separator, False)]
         ids = start + encode_pieces(tokenizer, [pieces])[0].ids
         if max_length is None or len(ids) <= max_length:
             return ids
         head = int(ids[:1] == [tokenizer.bos_token_id])
         return ids[:head] + ids[len(ids) - max_length + head :]
-
-    def _turns(self, request: Any) -> Iterator[dict[str, str]]:
-        if isinstance(request, Mapping):
-            request = Row(request, "request")
-            columns = {"messages": "messages"} if "messages" in request.values else self.columns
-            request = messages_of(request, columns, labelled=False)
-        elif isinstance(request, str):
-            request = [{"role": "user", "content": request}]
-        turns = messages_of(Row({"messages": request}, "request"), {"messages": "messages"}, False)
-        yield from turns
-
-    def _prompt_text(self, request: Any) -> str:
-        if isinstance(request, str):
-            return request
-        if not isinstance(request, Mapping):
-            raise SettingError(f"this adapter continues plain text, not {type(request).__name__}s")
-        column = "text" if self.form == "text" else "prompt"
-        name = column if column in request else self.columns[column]
-        return text_cell(Row(request, "request"), name)
 
     def answer(self, row: Row) -> str:
         """The completion, or the last answer of the conversation."""

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from espalier.errors import DataError
-from espalier.tasks.pieces import Piece
 from espalier.tasks.rows import kind, shown
+from espalier.tasks.task import Piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,7 +69,8 @@ def _message(item: Any, where: str, place: str) -> Message:
     role, content = item.get("role", item.get("from")), item.get("content", item.get("value"))
     if role not in ROLES:
         raise DataError(
-            f"{where}: {place} has role {role!r}; known: {', '.join(ROLES)} (under 'role' or 'from')"
+            f"{where}: {place} has role {role!r} (under 'role' or 'from'); "
+            f"known: {', '.join(ROLES)}"
         )
     if not isinstance(content, str):
         raise DataError(
@@ -125,11 +126,11 @@ def _rendered(
     from transformers.utils.chat_template_utils import render_jinja_template
 
     # A tokenizer without an end token would print "None" for it.
-    tokens = {"bos_token": "", "eos_token": ""} | {
+    tokens: dict[str, Any] = {"bos_token": "", "eos_token": ""} | {
         name: str(token) for name, token in tokenizer.special_tokens_map.items()
     }
     try:
-        texts, spans = render_jinja_template(  # type: ignore[misc]
+        texts, spans = render_jinja_template(
             [list(messages)],
             chat_template=template,
             return_assistant_tokens_mask=marks,
@@ -138,7 +139,7 @@ def _rendered(
         )
     except jinja2.TemplateError as error:
         raise DataError(f"{where}: the chat template refuses these messages: {error}") from error
-    return texts[0], [tuple(span) for span in spans[0]] if marks else []
+    return texts[0], [(int(a), int(b)) for a, b in spans[0]] if marks else []
 
 
 def chat_pieces(
@@ -194,7 +195,8 @@ def end_token_at(tokenizer: PreTrainedTokenizerBase, text: str, place: int) -> s
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """Tokens that stand outside the ordinary vocabulary: special ones and added ones."""
-    return {str(t) for t in (*tokenizer.all_special_tokens, *tokenizer.get_added_vocab())} - {""}
+    added: dict[str, int] = tokenizer.get_added_vocab()  # type: ignore[operator]
+    return {str(t) for t in (*tokenizer.all_special_tokens, *added)} - {""}
 
 
 def prompt_pieces(

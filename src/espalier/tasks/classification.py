@@ -10,7 +10,7 @@ from espalier.tasks.encoding import encode_texts, pad_inputs
 from espalier.tasks.labels import label_id
 from espalier.tasks.metrics import classification_scores
 from espalier.tasks.rows import Row, cell, text_cell
-from espalier.tasks.task import Example, Task
+from espalier.tasks.task import Example, Piece, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,6 +48,17 @@ class Classification(Task):
     def key(self, row: Row) -> str:
         """See `Task.key`."""
         return texts_key(row)
+
+    def classes(self, row: Row) -> list[str]:
+        """The row's one class."""
+        names: tuple[str, ...] = self.labels or ()
+        return [names[row.values["label"]]]
+
+    def preview(
+        self, row: Row, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None
+    ) -> list[Piece]:
+        """See `Task.preview`."""
+        return [Piece(texts_key(row), False), Piece(f"→ {self.classes(row)[0]}", True)]
 
     def model_settings(self) -> dict[str, Any]:
         """See `Task.model_settings`."""

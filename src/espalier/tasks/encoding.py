@@ -93,7 +93,7 @@ def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """`[bos]` where the tokenizer opens texts with a beginning-of-text token, else `[]`."""
     bos = tokenizer.bos_token_id
     start = tokenizer("a", verbose=False)["input_ids"][:1]  # type: ignore[index]
-    return [bos] if bos is not None and start == [bos] else []
+    return [bos] if isinstance(bos, int) and start == [bos] else []
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

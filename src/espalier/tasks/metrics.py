@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from espalier.errors import SettingError
+
+UNDEFINED: Any = 0
+"""The F1 of a class that nobody has and nobody guessed (scikit-learn's type stub wants a text)."""
 
 
 def classification_scores(
@@ -25,12 +28,12 @@ def classification_scores(
 
     scores = {
         "accuracy": accuracy_score(right, predicted),
-        "f1_macro": f1_score(right, predicted, average="macro", zero_division=0),
-        "f1_weighted": f1_score(right, predicted, average="weighted", zero_division=0),
+        "f1_macro": f1_score(right, predicted, average="macro", zero_division=UNDEFINED),
+        "f1_weighted": f1_score(right, predicted, average="weighted", zero_division=UNDEFINED),
         "matthews": matthews_corrcoef(right, predicted),
     }
     if classes == 2:
-        scores["f1"] = f1_score(right, predicted, pos_label=1, zero_division=0)
+        scores["f1"] = f1_score(right, predicted, pos_label=1, zero_division=UNDEFINED)
     return _floats(scores)
 
 
@@ -50,8 +53,8 @@ def multilabel_scores(
     guess, truth = flags(predicted), flags(right)
     return _floats(
         {
-            "f1_micro": f1_score(truth, guess, average="micro", zero_division=0),
-            "f1_macro": f1_score(truth, guess, average="macro", zero_division=0),
+            "f1_micro": f1_score(truth, guess, average="micro", zero_division=UNDEFINED),
+            "f1_macro": f1_score(truth, guess, average="macro", zero_division=UNDEFINED),
             "accuracy": accuracy_score(truth, guess),
         }
     )
@@ -64,14 +67,14 @@ def regression_scores(predicted: Sequence[float], right: Sequence[float]) -> dic
 
     guess, truth = np.asarray(predicted, dtype=float), np.asarray(right, dtype=float)
     defined = len(guess) > 1 and np.ptp(guess) > 0 and np.ptp(truth) > 0
-    return _floats(
-        {
-            "pearson": pearsonr(guess, truth)[0] if defined else 0.0,
-            "spearman": spearmanr(guess, truth)[0] if defined else 0.0,
-            "mse": float(np.mean((guess - truth) ** 2)),
-            "mae": float(np.mean(np.abs(guess - truth))),
-        }
-    )
+    correlations: list[Any] = [pearsonr(guess, truth), spearmanr(guess, truth)] if defined else []
+    pearson, spearman = (float(c.statistic) for c in correlations) if defined else (0.0, 0.0)
+    return {
+        "pearson": pearson,
+        "spearman": spearman,
+        "mse": float(np.mean((guess - truth) ** 2)),
+        "mae": float(np.mean(np.abs(guess - truth))),
+    }
 
 
 class TextLoss(NamedTuple):

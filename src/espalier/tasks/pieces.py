@@ -7,21 +7,15 @@ pieces before the answer) is token for token what it saw in training. Nothing is
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from espalier.tasks.encoding import plain_ids
-from espalier.tasks.task import IGNORED, Example
+from espalier.tasks.task import IGNORED, Example, Piece
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-class Piece(NamedTuple):
-    """A stretch of text, and whether the model learns to write it."""
-
-    text: str
-    learned: bool
 
 
 class Encoded(NamedTuple):
@@ -77,7 +71,7 @@ def _in_groups(
 
 
 def _consistent(prefixes: Sequence[list[int]]) -> bool:
-    return all(b[: len(a)] == a for a, b in zip(prefixes, prefixes[1:], strict=False))
+    return all(b[: len(a)] == a for a, b in itertools.pairwise(prefixes))
 
 
 def fit(encoded: Encoded, max_length: int | None, opening: int) -> Example:
@@ -103,6 +97,19 @@ def fit(encoded: Encoded, max_length: int | None, opening: int) -> Example:
         "full": len(ids),
         "cut": int(sum(kept) < sum(learned)),
     }
+
+
+def learned_pieces(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
+    """The text of examples as it is after encoding and cutting, by what the loss sees of it."""
+    tokens = [
+        (token, label != IGNORED)
+        for example in examples
+        for token, label in zip(example["input_ids"], example["labels"], strict=True)
+    ]
+    return [
+        Piece(str(tokenizer.decode([token for token, _ in run])), learned)
+        for learned, run in itertools.groupby(tokens, key=lambda pair: pair[1])
+    ]
 
 
 def _last_answer(learned: Sequence[bool]) -> int:

@@ -10,7 +10,7 @@ from espalier.tasks.classification import encode_rows, read_texts, texts_key
 from espalier.tasks.encoding import pad_inputs
 from espalier.tasks.metrics import regression_scores
 from espalier.tasks.rows import Row, number_cell
-from espalier.tasks.task import Example, Task
+from espalier.tasks.task import Example, Piece, Task
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +36,12 @@ class Regression(Task):
     def key(self, row: Row) -> str:
         """See `Task.key`."""
         return texts_key(row)
+
+    def preview(
+        self, row: Row, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None
+    ) -> list[Piece]:
+        """See `Task.preview`."""
+        return [Piece(texts_key(row), False), Piece(f"→ {row.values['label']:g}", True)]
 
     def model_settings(self) -> dict[str, Any]:
         """See `Task.model_settings`."""

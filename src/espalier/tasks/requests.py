@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from espalier.errors import DataError
+from espalier.errors import DataError, SettingError
 from espalier.tasks.chat import Message, read_messages
 from espalier.tasks.rows import Row, cell, text_cell
 
@@ -59,3 +59,29 @@ def _instruction(raw: Row, columns: Mapping[str, str], labelled: bool) -> list[M
     if labelled:
         messages.append({"role": "assistant", "content": text_cell(raw, columns["output"])})
     return messages
+
+
+def requested_turns(request: Any, columns: Mapping[str, str]) -> list[Message]:
+    """The conversation to answer: from the user's words, messages, or a row's values."""
+    if isinstance(request, Mapping):
+        if "messages" not in request:
+            return messages_of(Row(request, "request"), columns, labelled=False)
+        request = request["messages"]
+    elif isinstance(request, str):
+        request = [{"role": "user", "content": request}]
+    row = Row({"messages": request}, "request")
+    return messages_of(row, {"messages": "messages"}, labelled=False)
+
+
+def requested_text(request: Any, columns: Mapping[str, str], name: str) -> str:
+    """The text to continue: as it is, or from a row's values under `name` or its column.
+
+    Raises:
+        SettingError: the request is neither text nor a row.
+    """
+    if isinstance(request, str):
+        return request
+    if not isinstance(request, Mapping):
+        raise SettingError(f"this adapter reads plain text, not a {type(request).__name__}")
+    column = name if name in request else columns[name]
+    return text_cell(Row(request, "request"), column)

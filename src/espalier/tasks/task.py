@@ -11,7 +11,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from espalier.errors import SettingError
 from espalier.tasks.rows import Row
@@ -25,7 +25,15 @@ Example = dict[str, Any]
 `full` (tokens before truncation), `cut` (1 where the answer itself lost tokens) and `chars`
 (characters of the answer)."""
 
-NOT_FOR_MODELS = ("chars",)
+
+class Piece(NamedTuple):
+    """A stretch of text, and whether the model learns to write it."""
+
+    text: str
+    learned: bool
+
+
+NOT_FOR_MODELS = ("chars", "heads")
 IGNORED = -100
 """The label that no loss looks at."""
 
@@ -91,6 +99,16 @@ class Task(ABC):
     @abstractmethod
     def decode(self, prediction: Any) -> Any:
         """What a person reads: a label's name, a number, a list of tags."""
+
+    @abstractmethod
+    def preview(
+        self, row: Row, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None
+    ) -> list[Piece]:
+        """What a person should see of a row: what the model is given, and what it learns."""
+
+    def classes(self, row: Row) -> list[str]:
+        """The names of the classes a row counts for; none where the task has no classes."""
+        return []
 
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """The part of a batch that goes to the model: `model(**task.inputs(batch))`.
