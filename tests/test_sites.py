@@ -440,6 +440,8 @@ def test_exclusion_union_and_order():
     assert len(paths("llama", "all-linear, !attention.*")) == 6
     assert [s.layer for s in places("llama").select("ffn, !ffn@0")] == [1]
     assert len(paths("gpt2", "attention.*, attention.q, !c_attn")) == 2
+    # what is named by module goes, span or not
+    assert [s.layer for s in places("bert").select("ffn, !1.output.dense")] == [0]
     with pytest.raises(SiteError, match="leaves out all"):
         places("llama").select("ffn, !ffn")
     with pytest.raises(SiteError, match="what to take before"):
@@ -477,7 +479,8 @@ def test_selection_of_a_selection():
         ("bert", "all-linear, !cross.q", r"no 'cross.q'"),
         ("whisper", "model.encoder.conv1", r"Conv1d: no place a method can stand on"),
         ("mixtral", "*.experts.down_proj", r"bare parameter: no place"),
-        ("xlnet", "attention.q", r"no 'attention.q' in XLNetLMHeadModel"),
+        ("xlnet", "attention.q", r"no 'attention.q' in XLNet.*rel_attn.q is a bare parameter"),
+        ("mixtral", "ffn.in", r"no 'ffn.in' in Mixtral.*experts.gate_up_proj is a bare parameter"),
         ("gpt-bigcode", "transformer.h.9.attn.c_attn", r"matches no module"),
     ],
 )

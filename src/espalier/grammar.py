@@ -58,6 +58,7 @@ _ATTENTION_LEAVES = (
         ),
     ),
 )
+FAMILIES = {"attention": ATTENTION, "cross": CROSS, "ffn": FFN}
 # Names that may stand between an attention and its projections. Any other name is a side structure
 # (an indexer, a compressor, a second modality), whose own q and k are not the attention's.
 _BETWEEN = re.compile(r"att(ention|n)|^(att|self|out(put)?(_projection)?|qkv_proj|\d+)$", re.I)

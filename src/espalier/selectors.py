@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase, translate
 from typing import TYPE_CHECKING
 
 from .errors import SiteError, nearest
-from .grammar import ROLES, SLICES, SPANS
+from .grammar import FAMILIES, ROLES, SLICES, SPANS, block_role
 
 if TYPE_CHECKING:
     from .places import Site, Sites
@@ -123,10 +123,10 @@ def _in_layers(found: list[Site], layers: str, term: str) -> list[Site]:
 
 def _drop(sites: Sites, chosen: dict[tuple[str, str], Site], site: Site, by_name: bool) -> None:
     """Takes a site away; a slice taken from a chosen fused host leaves its other slices."""
-    if by_name or site.role.rpartition(".")[2] in SLICES:
-        for key in [key for key, s in chosen.items() if key[0] == site.path and not s.span]:
+    fused = site.role.rpartition(".")[2] in SLICES
+    for key, one in list(chosen.items()):
+        if key[0] == site.path and (by_name or one.role == site.role or (fused and one.rows)):
             del chosen[key]
-    chosen.pop((site.path, site.role), None)
     if site.rows is not None:
         whole = [k for k, s in chosen.items() if k[0] == site.path and not s.rows and not s.span]
         for key in whole:
@@ -160,11 +160,21 @@ def _nothing(sites: Sites, term: str, what: str) -> str:
     if held is not None and what not in ROLES:
         return f"{term!r} matches {held[0]}, but it is a {held[1]}: no place a method can stand on"
     if what in ROLES or what.partition(".")[0] in SPANS:
-        return f"no {what!r} in {model} (asked by {term!r}); it has {have}"
+        return f"no {what!r} in {model} (asked by {term!r}); it has {have}{_hidden(sites, what)}"
     names = {s.path.rpartition(".")[2] for s in sites} | {s.path for s in sites if "." in what}
     near = nearest(what, {*sites.roles, ALL_LINEAR, *names})
     near = f"; {near}" if near.startswith("did") else ""
     return f"{term!r} is no role and matches no module of {model}; roles it has: {have}{near}"
+
+
+def _hidden(sites: Sites, what: str) -> str:
+    """Where weights of that family are after all, in a form nobody can stand on."""
+    family = FAMILIES.get(what.partition(".")[0])
+    for path, why in sites.notes.bare:
+        router = block_role(path.rpartition(".")[0])[0] == "router"
+        if family and not router and any(family.search(name) for name in path.split(".")):
+            return f"; {path} is a {why}, no place a method can stand on"
+    return ""
 
 
 def _fused_instead(sites: Sites, what: str) -> tuple[Site, str] | None:
