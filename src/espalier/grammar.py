@@ -25,7 +25,7 @@ ROLES = (*SPANS, *HOST_ROLES)
 SLICES = {"qkv": ("q", "k", "v"), "kv": ("k", "v"), "gate_in": ("gate", "in")}
 
 CROSS = re.compile(r"cross|encdec|encoder_attn|encoder_decoder_att|^attn2$|^multihead_attn$", re.I)
-ATTENTION = re.compile(r"att(ention|n)|^mixer\.?attn", re.I)
+ATTENTION = re.compile(r"att(ention|n)|(^|_)att$", re.I)
 FFN = re.compile(
     r"^(mlp|ffn?s?|net|feed_?forward\w*|densereludense|\w*experts?|\w*mlp|\w*moe)$", re.I
 )
@@ -103,8 +103,8 @@ _HEAD = re.compile(
     r"\w+_predictions|(?:visual|vision|text|audio)_projection|ctc_proj)(\.|$)"
 )
 _TOKENS = re.compile(
-    r"(^|\.)(embed_tokens|word_embeddings?|wte|tok_embeddings|tokens?_embed(ding|dings)?|embed_in|input_embeds_layer|"
-    r"shared|w|emb)$|^(\w+\.)?embeddings?$"
+    r"(^|\.)(embed_tokens|word_embeddings?|wte|tok_embeddings|tokens?_embed(ding|dings)?|embed_in|"
+    r"input_embeds_layer|shared|w|emb)$|^(\w+\.)?embeddings?$"
 )
 # Tables outside the stacks of an encoder-decoder, only there for the stacks' own to be tied to.
 STORES = ("shared", "word_embeddings")
