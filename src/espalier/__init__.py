@@ -18,7 +18,17 @@ if TYPE_CHECKING:
     from espalier.checkpoint import load, read_card, save
     from espalier.deltas import Delta, Method, Recipe, Trained, recipe
     from espalier.folding import merge, unmerge
-    from espalier.graft import activate, active, attach, dead_sites, detach, groups, parameters
+    from espalier.graft import (
+        activate,
+        active,
+        attach,
+        dead_sites,
+        detach,
+        freeze,
+        groups,
+        parameters,
+        thaw,
+    )
     from espalier.methods.full import FullTuning
     from espalier.methods.head import HeadOnly
     from espalier.methods.lora import LoRA
@@ -31,8 +41,19 @@ _HOME = {
     **dict.fromkeys(("Site", "Sites", "sites"), "places"),
     **dict.fromkeys(("Delta", "Method", "Recipe", "Trained", "recipe"), "deltas"),
     **dict.fromkeys(
-        ("activate", "active", "attach", "dead_sites", "detach", "groups", "parameters"), "graft"
-    ),
+        (
+            "activate",
+            "active",
+            "attach",
+            "dead_sites",
+            "detach",
+            "freeze",
+            "groups",
+            "parameters",
+            "thaw",
+        ),
+        "graft",
+    ),  # fmt: skip
     **dict.fromkeys(("load", "read_card", "save"), "checkpoint"),
     **dict.fromkeys(("merge", "unmerge"), "folding"),
     "account": "accounting",
@@ -43,8 +64,8 @@ _HOME = {
 __all__ = [
     "Delta", "FullTuning", "HeadOnly", "LoRA", "Method", "Recipe", "RunConfig", "RunResult",
     "Site", "Sites", "Trained", "account", "activate", "active", "attach", "dead_sites", "detach",
-    "fit", "groups", "load", "merge", "parameters", "read_card", "recipe", "save", "sites",
-    "train", "unmerge",
+    "fit", "freeze", "groups", "load", "merge", "parameters", "read_card", "recipe", "save", "sites",
+    "thaw", "train", "unmerge",
 ]  # fmt: skip
 
 

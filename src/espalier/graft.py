@@ -341,12 +341,16 @@ def detach(model: nn.Module, name: str) -> None:
 
 def freeze(model: nn.Module, name: str) -> None:
     """Keep an adapter's numbers fixed from now on; it can be active beside one that trains."""
-    get(model, name).requires_grad_(False).sync()  # type: ignore[operator]
+    adapter = get(model, name)
+    adapter.requires_grad_(False)
+    adapter.sync()
 
 
 def thaw(model: nn.Module, name: str) -> None:
     """Let an adapter train again."""
-    get(model, name).requires_grad_(True).sync()  # type: ignore[operator]
+    adapter = get(model, name)
+    adapter.requires_grad_(True)
+    adapter.sync()
 
 
 def parameters(model: nn.Module) -> list[nn.Parameter]:
