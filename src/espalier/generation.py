@@ -16,7 +16,7 @@ import torch
 
 from espalier.checkpoint import load, read_card
 from espalier.errors import CheckpointError, SettingError
-from espalier.training.evaluate import by_length, evaluating, inputs
+from espalier.training.evaluate import evaluating, inputs
 from espalier.training.models import load_model, load_tokenizer, to_device
 
 if TYPE_CHECKING:
@@ -177,10 +177,12 @@ def writes(task: Task) -> bool:
 
 
 def _classify(at: Adapted, rows: Sequence[Row], batch: int) -> list[dict[str, Any]]:
+    from espalier.data import in_order
+
     examples = at.task.encode(rows, at.tokenizer, at.max_length)
     found: list[dict[str, Any]] = [{}] * len(rows)
     with evaluating(at.model):
-        for chunk in by_length(examples, batch):
+        for chunk in in_order(examples, batch):
             on_cpu = at.task.collate([examples[i] for i in chunk], at.tokenizer)
             outputs = at.model(**inputs(at.task, on_cpu, at.device))
             for i, guess in zip(chunk, at.task.predict(outputs, on_cpu), strict=True):
@@ -202,11 +204,13 @@ def write(
     Raises:
         SettingError: The adapter's task does not write text.
     """
+    from espalier.data import in_order
+
     prompts = [_prompt(at, request, how) for request in requests]
     answers = [""] * len(prompts)
     torch.manual_seed(seed)
     with evaluating(at.model):
-        for chunk in by_length([{"input_ids": prompt} for prompt in prompts], batch):
+        for chunk in in_order([{"input_ids": prompt} for prompt in prompts], batch):
             new = _generate(at, [prompts[i] for i in chunk], how)
             for i, ids in zip(chunk, new, strict=True):
                 answers[i] = at.tokenizer.decode(ids, skip_special_tokens=True).strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from espalier.commands import paragraphs
 from espalier.commands.flags import mapping
 from espalier.commands.noise import aside
-from espalier.commands.screen import console
+from espalier.commands.screen import console, say
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 
@@ -39,21 +40,26 @@ def check(
         int | None, typer.Option(help="Tokens kept of a row; the model's limit if left out.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Rows of each split at most.", min=1)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check data: rows, columns, lengths, what is cut off, duplicates, and what the loss sees."""
     with aside():
         from espalier.data import check as examine
+        from espalier.data import read_task
         from espalier.training.models import load_tokenizer
 
-        tokenizer = load_tokenizer(model) if model else None
-        report = examine(
+        data = read_task(
             train,
             validation,
             test,
-            tokenizer=tokenizer,
             task=task,
             columns=mapping(columns) if columns else None,
-            max_length=max_length,
             limit=limit,
+            validation_share=0,
         )
-    console().print(report)
+        tokenizer = load_tokenizer(model) if model else None
+        report = examine(data, tokenizer, max_length)
+    if as_json:
+        say(json.dumps(report.to_json(), ensure_ascii=False))
+    else:
+        console().print(report)
