@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 from functools import cache
@@ -524,9 +525,9 @@ def test_espaliers_own_modules_are_no_places():
     net = build("bert")
     before = sites(net)
     net.add_module("espalier", nn.ModuleList([nn.Linear(3, 3)]))
-    net.get_submodule("bert.encoder.layer.0.intermediate.dense").add_module(
-        "espalier", nn.Linear(3, 3)
-    )
+    for site in before:
+        if "espalier" not in net.get_submodule(site.path)._modules:
+            net.get_submodule(site.path).add_module("espalier", nn.Linear(3, 3))
     assert sites(net) == before
 
 
@@ -646,6 +647,15 @@ def test_sites_are_a_sequence():
     assert len(found[:3]) == 3
     assert next(iter(found)) == found[0]
     assert hash(found) == hash(sites(model("bert")))
+
+
+def test_sites_survive_copy_and_pickle():
+    found = places("phi3")
+    for twin in (copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        assert twin == found
+        assert str(twin) == str(found)
+    some = found.select("attention.q")
+    assert pickle.loads(pickle.dumps(some)).whole == found
 
 
 def test_importing_places_loads_neither_torch_nor_transformers():

@@ -81,10 +81,10 @@ def survey(model: nn.Module) -> Sites:
 
 
 def _unwrap(module: nn.Module) -> nn.Module:
-    for name in _WRAPPERS:
-        inner = module._modules.get(name)
-        if inner is not None:
-            return _unwrap(inner)
+    if children := module._modules:
+        for name in _WRAPPERS:
+            if (inner := children.get(name)) is not None:
+                return _unwrap(inner)
     return module
 
 
@@ -151,7 +151,7 @@ def _kind(module: nn.Module) -> str:
     # These multiply by their weights themselves, so nothing would pass through a seat on a child.
     if isinstance(module, nn.MultiheadAttention | nn.RNNBase | nn.modules.conv._ConvNd):
         return "bypass"
-    return "norm" if "Norm" in name and not module._modules else "none"
+    return "norm" if "Norm" in name and module._modules.keys() <= {_OURS} else "none"
 
 
 def _norm_width(module: nn.Module) -> int:
