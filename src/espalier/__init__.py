@@ -13,10 +13,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from espalier import errors
+
 if TYPE_CHECKING:
     from espalier.accounting import account
     from espalier.checkpoint import load, read_card, save
     from espalier.deltas import Delta, Method, Recipe, Trained, recipe
+    from espalier.errors import EspalierError
     from espalier.folding import merge, unmerge
     from espalier.graft import (
         activate,
@@ -37,35 +40,28 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOME = {
-    **dict.fromkeys(("Site", "Sites", "sites"), "places"),
-    **dict.fromkeys(("Delta", "Method", "Recipe", "Trained", "recipe"), "deltas"),
-    **dict.fromkeys(
-        (
-            "activate",
-            "active",
-            "attach",
-            "dead_sites",
-            "detach",
-            "freeze",
-            "groups",
-            "parameters",
-            "thaw",
-        ),
-        "graft",
-    ),  # fmt: skip
-    **dict.fromkeys(("load", "read_card", "save"), "checkpoint"),
-    **dict.fromkeys(("merge", "unmerge"), "folding"),
-    "account": "accounting",
-    **dict.fromkeys(("RunConfig", "RunResult", "fit", "train"), "training"),
+# Public names by the module that holds them; methods are found by their files.
+_MODULES = {
+    "accounting": ("account",),
+    "checkpoint": ("load", "read_card", "save"),
+    "deltas": ("Delta", "Method", "Recipe", "Trained", "recipe"),
+    "errors": ("EspalierError",),
+    "folding": ("merge", "unmerge"),
+    "graft": (
+        *("activate", "active", "attach", "dead_sites", "detach"),
+        *("freeze", "groups", "parameters", "thaw"),
+    ),
+    "places": ("Site", "Sites", "sites"),
+    "training": ("RunConfig", "RunResult", "fit", "train"),
 }
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
-# One literal list, so that type checkers and editors see it; methods are found by their files.
 __all__ = [
-    "Delta", "FullTuning", "HeadOnly", "LoRA", "Method", "Recipe", "RunConfig", "RunResult",
-    "Site", "Sites", "Trained", "account", "activate", "active", "attach", "dead_sites", "detach",
-    "fit", "freeze", "groups", "load", "merge", "parameters", "read_card", "recipe", "save", "sites",
-    "thaw", "train", "unmerge",
+    "Delta", "EspalierError", "FullTuning", "HeadOnly", "LoRA", "Method", "Recipe",
+    "RunConfig", "RunResult", "Site", "Sites", "Trained",
+    "account", "activate", "active", "attach", "dead_sites", "detach", "errors", "fit",
+    "freeze", "groups", "load", "merge", "parameters", "read_card", "recipe", "save",
+    "sites", "thaw", "train", "unmerge",
 ]  # fmt: skip
 
 

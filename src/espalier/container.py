@@ -53,7 +53,7 @@ class Container:
 
     def read(self, start: int, stop: int, into: Tensor) -> None:
         """Read bytes [start, stop) of the data into a contiguous CPU tensor of that size."""
-        view = memoryview(into.detach().view(-1).view(torch.uint8).numpy())
+        view = memoryview(into.detach().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         with open(self.path, "rb") as file:
             file.seek(self.data_start + start)
             if file.readinto(view) != stop - start:

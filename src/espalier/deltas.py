@@ -4,8 +4,8 @@ A Method is a frozen dataclass of settings. It builds one Delta per site: a smal
 the identity when fresh, with the ports it needs and no others. Methods join into a Recipe with `+`.
 
 A delta declares its numbers as `Trained` specifications; the adapter that it belongs to lays all
-of them into flat buffers and hands views back (adapter.py), which is why every port receives its
-tensors `t` as an argument: cast to the width of the computation, or gathered per row, by the caller.
+of them into flat buffers and hands views back (adapter.py). That is why every port receives its
+tensors `t` as an argument: the caller has cast them to the type of the computation.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class Recipe:
 
     @staticmethod
     def from_json(data: object) -> Recipe:
-        """The recipe that `to_json` wrote. Raises SettingError naming an unknown method or field."""
+        """The recipe that `to_json` wrote. Raises SettingError for unknown methods or fields."""
         if isinstance(data, Mapping):
             data = [data]
         if not isinstance(data, list) or not data:
