@@ -51,8 +51,9 @@ class Classification(Task):
 
     def classes(self, row: Row) -> list[str]:
         """The row's one class."""
-        names: tuple[str, ...] = self.labels or ()
-        return [names[row.values["label"]]]
+        names: Sequence[str] = self.labels or ()
+        at: int = row.values["label"]
+        return [names[at]]
 
     def preview(
         self, row: Row, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None

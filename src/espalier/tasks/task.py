@@ -145,3 +145,11 @@ class Task(ABC):
             SettingError: the task does not generate text.
         """
         raise SettingError(f"a model for {self.name} does not generate text")
+
+    def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """The tokens that end an answer, for `generate(eos_token_id=...)`.
+
+        Raises:
+            SettingError: the task does not generate text.
+        """
+        raise SettingError(f"a model for {self.name} does not generate text")
