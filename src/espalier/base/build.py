@@ -148,6 +148,7 @@ def build_base(
     seed: int = 0,
     threads: int = 1,
     steps: int | None = None,
+    horizon: int = 0,
     shape: Shape | None = None,
     settings: TrainSettings | None = None,
     source: Path | None = None,
@@ -160,8 +161,9 @@ def build_base(
         seed: Seed of the weights and of the order of the text.
         threads: CPU threads; the shipped decoder was built with one.
         steps: Fixed number of steps, in place of `minutes`.
+        horizon: Length in steps of the cosine, if longer than the build.
         shape: Size of the decoder.
-        settings: Optimizer settings; `steps` and `seed` in it are replaced.
+        settings: Other optimizer settings; what the arguments above set is replaced.
         source: Folder of Python source to read in place of the standard library.
 
     Returns:
@@ -177,7 +179,8 @@ def build_base(
         raise SettingError("minutes, threads and steps must be positive")
     torch.set_num_threads(threads)
     shape = shape or Shape()
-    settings = replace(settings or TrainSettings(steps=0), seed=seed, block=shape.positions)
+    settings = settings or TrainSettings(steps=0)
+    settings = replace(settings, seed=seed, block=shape.positions, horizon=horizon)
     work = out.with_name(out.name + ".partial")
     work.mkdir(parents=True, exist_ok=True)
     documents, held = source_documents("pretrain", source), source_documents("heldout", source)
@@ -234,6 +237,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=70)
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--horizon", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()

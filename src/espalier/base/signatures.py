@@ -68,11 +68,15 @@ def functions(text: str) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDe
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError):
         return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name[0] != "_":
+    waiting: list[ast.AST] = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node)
-            if docstring:
+            if docstring and node.name[0] != "_":
                 yield node, docstring
+        elif isinstance(node, ast.Module | ast.ClassDef | ast.If | ast.Try):
+            waiting.extend(reversed(node.body))  # not into functions: those are private
 
 
 def rows_of(documents: Iterable[Document]) -> Iterator[Row]:

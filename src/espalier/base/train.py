@@ -30,9 +30,14 @@ Report = Callable[[int, float, float], None]
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What the optimizer does; `steps` is fixed before the first step."""
+    """What the optimizer does; `steps` is fixed before the first step.
+
+    The cosine is `horizon` steps long. A build that has to end earlier (fewer `steps`) leaves it
+    with a linear cooldown over its last fifth.
+    """
 
     steps: int
+    horizon: int = 0
     batch: int = 8
     block: int = 256
     lr: float = 3e-3
@@ -46,12 +51,16 @@ class TrainSettings:
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
-    """Return the rate of a step: linear warmup, then a cosine down to `lr_end`."""
+    """Return the rate of a step: linear warmup, cosine to `lr_end`, cooldown if cut short."""
+    horizon = max(settings.horizon, settings.steps)
     warmup = min(settings.warmup, max(1, settings.steps // 10))
     if step < warmup:
         return settings.lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, settings.steps - warmup)
-    return settings.lr_end + (settings.lr - settings.lr_end) * (1 + math.cos(math.pi * done)) / 2
+    done = (step - warmup) / max(1, horizon - warmup)
+    share = (1 + math.cos(math.pi * done)) / 2
+    if horizon > settings.steps:
+        share *= min(1.0, (settings.steps - step) / (settings.steps / 5))
+    return settings.lr_end + (settings.lr - settings.lr_end) * share
 
 
 class Blocks:
