@@ -8,6 +8,7 @@ there before, through `screen()`.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import sys
 import warnings
@@ -28,27 +29,36 @@ def screen() -> TextIO:
     return _screens[-1] if _screens else sys.stdout
 
 
-class _Lines:
-    """A text stream that writes whole lines with the time before each, into a log."""
+class _Lines(io.TextIOBase):
+    """A text stream that writes whole lines with the time before each, into a log.
 
-    encoding = "utf-8"
+    Libraries may keep it as their stderr; once the log is closed it hands on to the real one.
+    """
 
     def __init__(self, log: TextIO) -> None:
-        self._log, self._rest = log, ""
+        super().__init__()
+        self._log: TextIO | None = log
+        self._rest = ""
 
     def write(self, text: str) -> int:
+        if self._log is None:
+            return sys.__stderr__.write(text) if sys.__stderr__ else len(text)
         *lines, self._rest = (self._rest + text).replace("\r", "\n").split("\n")
         for line in lines:
             if line.strip():
                 self._log.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line.rstrip()}\n")
-        self._log.flush()
         return len(text)
 
     def flush(self) -> None:
-        self._log.flush()
+        if self._log is not None:
+            self._log.flush()
 
-    def isatty(self) -> bool:
-        return False
+    def end(self) -> None:
+        """Write what is left and close the log."""
+        self.write("\n")
+        if self._log is not None:
+            self._log.close()
+        self._log = None
 
 
 class _Nowhere:
@@ -65,7 +75,7 @@ class _Nowhere:
 @contextlib.contextmanager
 def quiet(path: Path | None) -> Iterator[None]:
     """Turn library output away into the file at `path` (appended), or drop it when None."""
-    log: Any = open(path, "a", encoding="utf-8") if path else _Nowhere()  # noqa: SIM115
+    log: Any = open(path, "a", encoding="utf-8", buffering=1) if path else _Nowhere()  # noqa: SIM115
     lines: Any = _Lines(log)
     handler = logging.StreamHandler(lines)
     handler.setFormatter(logging.Formatter("%(name)s %(levelname)s: %(message)s"))
@@ -80,8 +90,7 @@ def quiet(path: Path | None) -> Iterator[None]:
             yield
     finally:
         _screens.pop()
-        lines.write("\n")
-        log.close()
+        lines.end()
 
 
 @contextlib.contextmanager

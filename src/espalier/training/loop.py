@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from espalier.deltas import Recipe
 from espalier.errors import TrainingError
 from espalier.graft import dead_sites, groups
 from espalier.training import state
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from espalier.tasks import Task
 
+_WATCHED = 8  # first steps in which each place must get a gradient; experts may be idle in one
 Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
@@ -50,6 +52,7 @@ class Job:
     validation: Sequence[dict[str, Any]]
     sources: Sequence[str]  # file and line of each training example
     config: RunConfig
+    recipe: Recipe
     lr: float
     accelerator: Accelerator
     autocast: Autocast
@@ -83,6 +86,7 @@ class Loop:
         self.total = total_steps(self.config.epochs, self.config.steps, self.per_epoch)
         self.warmup = warmup_steps(self.config.warmup, self.total)
         self.best: list[Tensor] | None = None
+        self.dead = set(dead_sites(job.model))  # at first every place: none has a gradient yet
         self.fixed = state.Fixed(
             self.config,
             job.threads,
@@ -134,7 +138,7 @@ class Loop:
         dead = dead_sites(self.job.model)
         self._forget()
         if dead:
-            raise TrainingError(_dead(dead))
+            self._bury(dead)
         return float(loss)
 
     def evaluate(self, examples: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -246,8 +250,21 @@ class Loop:
     def _guard(self, step: list[list[int]], loss: float, norm: float) -> None:
         """Stop rather than train on non-finite numbers or beside places that never learn."""
         check_finite(self.job, loss, norm, self.at.step + 1, step)
-        if self.at.step == 0 and (dead := dead_sites(self.job.model)):
-            raise TrainingError(_dead(dead))
+        if self.dead and self.at.step < _WATCHED:
+            self.dead &= set(dead_sites(self.job.model))
+            if self.dead and (norm == 0 or self.at.step + 1 == min(_WATCHED, self.total)):
+                self._bury(sorted(self.dead))
+
+    def _bury(self, dead: list[str]) -> None:
+        """Refuse places that never learn; where the whole base trains, only name them."""
+        shown = ", ".join(dead[:8]) + (f" and {len(dead) - 8} more" if len(dead) > 8 else "")
+        found = f"{len(dead)} of the adapter's places never had a gradient: {shown}."
+        if not self.job.recipe.trains_base:
+            raise TrainingError(
+                f"{found} They would never learn. Leave them out with sites=, or check that the "
+                "model uses them."
+            )
+        self.job.screen.say(found)
 
     def _rows(self, step: list[list[int]]) -> str:
         return ", ".join(self.job.sources[i] for micro in step for i in micro)
@@ -296,11 +313,3 @@ def _better(value: float, best: float | None, way: str) -> bool:
     if best is None or math.isnan(best):
         return True
     return value > best if way == "max" else value < best
-
-
-def _dead(sites: Sequence[str]) -> str:
-    shown = ", ".join(sites[:8]) + (f" and {len(sites) - 8} more" if len(sites) > 8 else "")
-    return (
-        f"After the first step {len(sites)} of the adapter's places had no gradient: {shown}. "
-        "They would never learn. Leave them out with sites=, or check that the model uses them."
-    )

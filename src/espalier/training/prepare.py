@@ -24,10 +24,11 @@ Rows: TypeAlias = "Sequence[Mapping[str, Any]] | str | Path"
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples by split, and where each training example came from."""
+    """Examples by split, where each training example came from, and what was cut."""
 
     examples: dict[str, list[dict[str, Any]]]
     sources: list[str]
+    note: str | None
 
 
 @dataclass(frozen=True)
@@ -96,14 +97,25 @@ def encode(data: TaskData, tokenizer: Any, config: RunConfig) -> Encoded:
     sources = [row.where for row in rows]
     if len(train) != len(rows):
         sources = [f"block {i} of {config.train}" for i in range(1, len(train) + 1)]
+    note = _truncation(train, config.max_length)
     if config.batching == "pack":
-        from espalier.data import pack
+        from espalier.data.packing import best_fit, pack
 
         assert config.max_length is not None
         examples["train"] = pack(train, config.max_length)
-        count = len(examples["train"])
-        sources = [f"packed example {i} of {config.train}" for i in range(1, count + 1)]
-    return Encoded(examples, sources)
+        packed = best_fit(train, config.max_length)
+        sources = [", ".join(sources[i] for i in some) for some in packed]
+    return Encoded(examples, sources, note)
+
+
+def _truncation(examples: Sequence[Mapping[str, Any]], max_length: int | None) -> str | None:
+    """How many rows and answers lose tokens to max_length, or None when none does."""
+    cut = sum(e.get("full", 0) > len(e["input_ids"]) for e in examples)
+    if not cut:
+        return None
+    answers = sum(bool(e.get("cut")) for e in examples)
+    also = f"; {answers / len(examples):.1%} of the answers lose words" if answers else ""
+    return f"{cut / len(examples):.1%} of the training rows are cut to {max_length} tokens{also}"
 
 
 def precision_of(config: RunConfig, device: torch.device) -> str:

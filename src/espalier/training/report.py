@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +16,6 @@ from espalier.training.result import RunResult
 
 if TYPE_CHECKING:
     from espalier.data import TaskData
-
-
-def truncation(examples: Sequence[Mapping[str, Any]], max_length: int) -> str | None:
-    """How many rows and answers lose tokens to max_length, or None when none does."""
-    cut = sum(e.get("full", 0) > len(e["input_ids"]) for e in examples)
-    if not cut:
-        return None
-    answers = sum(bool(e.get("cut")) for e in examples)
-    also = f", {answers / len(examples):.1%} of the answers themselves" if answers else ""
-    return f"{cut / len(examples):.1%} of the training rows are cut to {max_length} tokens{also}."
 
 
 def plan(loop: Loop, data: TaskData, parts: Recipe, account: Mapping[str, Any]) -> list[str]:

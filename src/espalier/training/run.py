@@ -61,6 +61,7 @@ def train(config: RunConfig) -> RunResult:
 
     start = time.perf_counter()
     parts = recipe(config.method)
+    config = config.replace(method=parts.to_json())  # in full, however it was written
     screen = Screen(config.quiet)
     folder = None if config.dry_run else folders.choose(config, str(parts))
     done = _begin(folder, config, screen)
@@ -159,6 +160,7 @@ def _go(
     """Attach, train, evaluate, save; `new` are the modules that no checkpoint filled."""
     model, config = at.model, at.config
     models.to_device(model, at.accelerator.device)
+    _check_packing(at)
     state.seed_all(config.seed)
     attached = parts is not None
     if parts is not None:
@@ -197,6 +199,7 @@ def _job(at: Material, number: int, parts: Recipe) -> Job:
         validation=at.encoded.examples.get("validation", []),
         sources=at.encoded.sources,
         config=at.config,
+        recipe=parts,
         lr=at.config.lr or parts.learning_rate,
         accelerator=at.accelerator,
         autocast=functools.partial(torch.autocast, device, torch.bfloat16)
@@ -232,9 +235,17 @@ def _say_plan(at: Material, loop: Loop, parts: Recipe, counted: Mapping[str, Any
         at.screen.console.quiet = True
     for line in report.plan(loop, at.data, parts, counted):
         at.screen.say(line)
-    cut = report.truncation(at.encoded.examples["train"], at.config.max_length or 0)
-    if cut:
-        at.screen.say(cut)
+    if at.encoded.note:
+        at.screen.say(at.encoded.note)
+
+
+def _check_packing(at: Material) -> None:
+    if at.config.batching == "pack":
+        from espalier.data import packing_refusal
+
+        why = packing_refusal(at.model)
+        if why:
+            raise SettingError(f"batching: pack does not suit this model: {why}. Use bucket.")
 
 
 def _check_space(at: Material, loop: Loop) -> None:

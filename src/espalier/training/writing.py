@@ -45,7 +45,7 @@ def score_answers(task: Task, answers: Sequence[str], rows: Sequence[Row]) -> di
 
 
 def _generate(
-    model: Any, task: Task, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    model: Any, task: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[str]:
     from espalier.tasks.encoding import pad_id
 
