@@ -27,7 +27,7 @@ SLICES = {"qkv": ("q", "k", "v"), "kv": ("k", "v"), "gate_in": ("gate", "in")}
 CROSS = re.compile(r"cross|encdec|encoder_attn|encoder_decoder_att|^attn2$|^multihead_attn$", re.I)
 ATTENTION = re.compile(r"att(ention|n)|(^|_)att$", re.I)
 FFN = re.compile(
-    r"^(mlp|ffn?s?|net|feed_?forward\w*|densereludense|\w*experts?|\w*mlp|\w*moe)$", re.I
+    r"^(mlp|ffn?s?|ffw\w*|net|feed_?forward\w*|densereludense|\w*experts?|\w*mlp|\w*moe)$", re.I
 )
 # Linears under these are no part of attention or feed-forward: adaptive norms, MobileBERT's
 # bottlenecks, adapters that a model brings along.
@@ -70,7 +70,7 @@ _FFN_LEAVES = (
         re.compile(
             r"fc_?1|lin_?1|linear_?1|linear_fc1|layer_1|wi|wi_1|up_proj|c_fc|fc_in|w3|linear_in|"
             r"(?:intermediate\.)?dense_?1|dense_h_to_4h|intermediate(?:\.dense|_dense)?|0|0\.proj|"
-            r"ffw_layer_1|pwconv1|dense_in|fc1\.proj|w_in\.w_1|in_proj"
+            r"ffw_layer_1|pwconv1|dense_in|dense\.dense|fc1\.proj|w_in\.w_1|in_proj"
         ),
     ),
     (
