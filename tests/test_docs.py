@@ -1,0 +1,70 @@
+"""Every command and snippet of README.md and docs/ runs, in order, in one folder per page.
+
+A block after the comment <!-- slow --> runs with `-m slow` only; install lines are what `.ci/run`
+itself does. A block ```text is output, ```yaml is written to the file that its first line names.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(?P<slow><!-- slow -->\n)?```(?P<kind>\w+)[^\n]*\n(?P<body>.*?)```", re.S)
+INSTALLS = re.compile(r"^\s*(pip install|git clone|cd |python3? -m venv|pytest|\. )")
+
+
+def blocks(page: Path) -> list[tuple[str, str, bool]]:
+    """(kind, body, slow) of every block that does something."""
+    found = BLOCK.finditer(page.read_text(encoding="utf-8"))
+    return [(b["kind"], b["body"], bool(b["slow"])) for b in found if b["kind"] != "text"]
+
+
+def run(page: Path, folder: Path, slow: bool) -> int:
+    """Run a page's blocks; python blocks of a page share their names. Returns how many ran."""
+    env = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "HF_HUB_OFFLINE": "1",
+    }
+    code, count = "", 0
+    for kind, body, is_slow in blocks(page):
+        if is_slow and not slow:
+            continue
+        count += 1
+        if kind == "yaml":
+            (folder / body.splitlines()[0].lstrip("# ")).write_text(body)
+            continue
+        if kind == "python":
+            code += body
+            command = [sys.executable, "-c", code]
+        else:
+            lines = [line for line in body.splitlines() if not INSTALLS.match(line)]
+            command = ["bash", "-euo", "pipefail", "-c", "\n".join(lines)]
+        done = subprocess.run(
+            command, cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
+        assert done.returncode == 0, f"{page.name}:\n{body}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
+    return count
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page(page: Path, tmp_path: Path) -> None:
+    run(page, tmp_path, slow=False)
+
+
+@pytest.mark.slow
+def test_readme_whole(tmp_path: Path) -> None:
+    assert run(ROOT / "README.md", tmp_path, slow=True) > 0
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    missing = [p.name for p in PAGES[1:] if f"docs/{p.name}" not in readme]
+    assert not missing
