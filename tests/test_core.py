@@ -366,6 +366,22 @@ def test_another_librarys_forward_is_kept_and_given_back() -> None:
     assert model.host.__dict__["forward"] is theirs
 
 
+def test_a_compiled_model_is_grafted_inside(tmp_path: Path) -> None:
+    model, batch = BERT.make(), BERT.batch()
+    compiled = torch.compile(model, backend="eager")
+    esp.attach(compiled, esp.LoRA(rank=2), "mine")
+    randomise(compiled, 0.05)
+    expected = logits(model, batch)
+    assert torch.allclose(logits(compiled, batch), expected, atol=1e-5)
+    esp.save(compiled, "mine", tmp_path)
+    esp.merge(compiled)
+    esp.unmerge(compiled)
+    esp.detach(compiled, "mine")
+    assert list(model.state_dict()) == list(BERT.make().state_dict())
+    esp.load(compiled, tmp_path, "again")
+    assert torch.allclose(logits(compiled, batch), expected, atol=1e-5)
+
+
 # --- heads ------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from espalier import container, identity
 from espalier.adapter import Adapter
 from espalier.container import Container
-from espalier.deltas import Recipe
+from espalier.deltas import Recipe, base_modules, unwrap
 from espalier.errors import CheckpointError
 from espalier.graft import Graft, find, get, install, prepare
 
@@ -52,6 +52,7 @@ def save(
         CheckpointError: The folder cannot be written, or PEFT has no form for this adapter.
         SettingError: An unknown format.
     """
+    model = unwrap(model)
     adapter = get(model, name)
     find(model).refuse_merged()
     folder = Path(folder)
@@ -146,6 +147,7 @@ def load(
         CheckpointError: Missing, damaged, foreign, or made for another base; the model is as
             it was then.
     """
+    model = unwrap(model)
     path = _local(str(folder))
     name = path.resolve().name if name is None else name
     if (path / PEFT_CONFIG).is_file():
@@ -169,7 +171,7 @@ def _rebuild(
 ) -> tuple[Graft, Adapter]:
     """The adapter of a card, filled with the file's numbers, not yet in the model."""
     recipe = Recipe.from_json(card["recipe"])
-    known = dict(model.named_modules())
+    known = base_modules(model)
     lacking = [path for path in card["head"] if path not in known]
     if lacking:
         raise CheckpointError(

@@ -88,10 +88,25 @@ class Delta:
         return {**self.__dict__, "t": {}}  # views cannot be copied; the adapter makes them anew
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile` or data parallelism put around it."""
+    while True:
+        if "_orig_mod" in model._modules:
+            inner = model._modules["_orig_mod"]
+        elif type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+            inner = model._modules["module"]
+        else:
+            return model
+        assert inner is not None
+        model = inner
+
+
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module of the base by path; what Espalier put beside them is left out."""
     return {
-        path: module for path, module in model.named_modules() if path.partition(".")[0] != CHILD
+        path: module
+        for path, module in unwrap(model).named_modules()
+        if path.partition(".")[0] != CHILD
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from espalier import hosts
-from espalier.deltas import Delta
+from espalier.deltas import Delta, base_modules, unwrap
 from espalier.errors import AdapterError
 from espalier.graft import Choice, Graft, detach, find, resolve
 from espalier.seat import place, take
@@ -37,7 +37,7 @@ def merge(
     if not live:
         raise AdapterError("no adapter is active; name the one to merge")
     folds = _collect(graft, live)
-    modules = dict(model.named_modules())
+    modules = base_modules(model)
     _refuse(folds, modules, untie)
     before, graft.live = graft.live, ()
     graft.refresh()
@@ -46,7 +46,7 @@ def merge(
         for path, deltas in folds.items():
             undo += _fold(modules[path], deltas, untie)
         if untie and any(delta.site.tied for deltas in folds.values() for delta, _ in deltas):
-            undo.append(hosts.declare_untied(model))
+            undo.append(hosts.declare_untied(unwrap(model)))
     except BaseException:
         for step in reversed(undo):
             step()

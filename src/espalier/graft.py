@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from espalier import hosts
 from espalier.adapter import Adapter
-from espalier.deltas import CHILD, Delta, Method, Recipe, base_modules, recipe
+from espalier.deltas import CHILD, Delta, Method, Recipe, base_modules, recipe, unwrap
 from espalier.errors import AdapterError, SettingError, SiteError, nearest
 from espalier.places import Sites, sites
 from espalier.plain import replacements
@@ -132,7 +132,7 @@ def _key(name: str) -> str:
 
 def find(model: nn.Module) -> Graft:
     """The model's graft. Raises AdapterError when nothing is attached."""
-    graft = model._modules.get(CHILD)
+    graft = unwrap(model)._modules.get(CHILD)
     if not isinstance(graft, Graft):
         raise AdapterError("this model has no adapters; attach one with esp.attach(model, ...)")
     return graft
@@ -186,6 +186,7 @@ def prepare(
 
     With `fresh` its numbers start as the methods say, else as zeros that the caller fills.
     """
+    model = unwrap(model)
     graft = model._modules.get(CHILD)
     if not isinstance(graft, Graft):
         graft = Graft(model)
@@ -197,6 +198,7 @@ def prepare(
 
 def install(model: nn.Module, graft: Graft, adapter: Adapter) -> None:
     """Put a prepared adapter into the model, freeze the base, and make the adapter active."""
+    model = unwrap(model)
     if CHILD not in model._modules:
         model.add_module(CHILD, graft)
         model.register_forward_pre_hook(graft.before)
@@ -330,6 +332,7 @@ def detach(model: nn.Module, name: str) -> None:
     graft.remove(name)
     if graft.adapters:
         return
+    model = unwrap(model)
     del model._modules[CHILD]
     for key, hook in list(model._forward_pre_hooks.items()):
         if getattr(hook, "__self__", None) is graft:
