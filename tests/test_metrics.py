@@ -9,6 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
+
 from espalier.errors import SettingError
 from espalier.tasks import metrics
 from espalier.tasks.metrics import TextLoss
@@ -104,7 +105,9 @@ def test_exact_match_looks_past_white_space_at_the_ends():
 
 
 def test_bleu_of_known_texts():
-    assert metrics.bleu(["the cat sat on the mat"], ["the cat sat on the mat"]) == pytest.approx(100)
+    assert metrics.bleu(["the cat sat on the mat"], ["the cat sat on the mat"]) == pytest.approx(
+        100
+    )
     # by hand: n-gram precisions 5/6, 3/5, 1/4, and 0/3 smoothed to 1/(2*3); lengths are equal
     expected = 100 * (5 / 6 * 3 / 5 * 1 / 4 * 1 / 6) ** 0.25
     found = metrics.bleu(["the cat sat in the mat"], ["the cat sat on the mat"])

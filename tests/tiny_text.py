@@ -67,8 +67,8 @@ def byte_bpe(*, bos: bool = False, pad: bool = True, template: str | None = None
 def metaspace() -> Any:
     """A tokenizer such as Llama 2's: a space is put before every text, <s> in front of it."""
     inner = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
-    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
-    inner.decoder = decoders.Metaspace(prepend_scheme="always", split=False)
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    inner.decoder = decoders.Metaspace(prepend_scheme="always")
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
     )

@@ -74,7 +74,7 @@ def possible_forms(
     forms = [f for f in forms if set(given.values()) <= set(f.columns.values())]
     if not any(task in (None, f.task) for f in forms):
         forms += _plain_form(found, given)
-    return forms
+    return [f for i, f in enumerate(forms) if f not in forms[:i]]
 
 
 def _choices(found: Sequence[str], forms: Sequence[Form]) -> str:

@@ -124,8 +124,9 @@ class Causal(Task):
             fresh = not row.values.get("continues", False)
             if fresh and isinstance(end, int):
                 stream.append(end)
-        blocks = [stream[i : i + size] for i in range(0, len(stream), size)]
-        # The first token of a block has nothing before it from which it could be foretold.
+        # The first token of a block has nothing before it from which it could be foretold; blocks
+        # share one token, so that each token is foretold in one of them.
+        blocks = [stream[i : i + size] for i in range(0, len(stream), max(size - 1, 1))]
         return [
             {"input_ids": b, "labels": [IGNORED, *b[1:]], "full": len(b), "cut": 0}
             for b in blocks

@@ -101,11 +101,11 @@ def fit(encoded: Encoded, max_length: int | None, opening: int) -> Example:
 
 def learned_pieces(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
     """The text of examples as it is after encoding and cutting, by what the loss sees of it."""
-    tokens = [
-        (token, label != IGNORED)
-        for example in examples
-        for token, label in zip(example["input_ids"], example["labels"], strict=True)
-    ]
+    tokens: list[tuple[int, bool]] = []
+    for example in examples:
+        flags = [label != IGNORED for label in example["labels"]]
+        pairs = list(zip(example["input_ids"], flags, strict=True))
+        tokens += pairs[1:] if tokens else pairs  # blocks of plain text share a token
     return [
         Piece(str(tokenizer.decode([token for token, _ in run])), learned)
         for learned, run in itertools.groupby(tokens, key=lambda pair: pair[1])
