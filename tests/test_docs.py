@@ -50,7 +50,9 @@ def run(page: Path, folder: Path, slow: bool) -> int:
         done = subprocess.run(
             command, cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL
         )
-        assert done.returncode == 0, f"{page.name}:\n{body}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
+        assert done.returncode == 0, (
+            f"{page.name}:\n{body}\n{done.stdout[-2000:]}{done.stderr[-3000:]}"
+        )
     return count
 
 
