@@ -105,8 +105,8 @@ def test_other_settings_are_refused_by_name(
 ) -> None:
     path, _ = whole
     out = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("espalier.training.finish.keep", _interrupted)
+    monkeypatch.setattr("espalier.training.finish.keep", _interrupted)
+    with pytest.raises(KeyboardInterrupt):
         esp.train(RunConfig.from_yaml(path, {"out": out}))
     with pytest.raises(SettingError, match=r"(?s)lr: was 0\.01, now 0\.02.*seed: was 0, now 1"):
         esp.train(RunConfig.from_yaml(path, {"out": out, "resume": True, "lr": 0.02, "seed": 1}))

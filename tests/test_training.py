@@ -135,6 +135,14 @@ def test_bf16_keeps_the_trained_numbers_in_fp32(method: str) -> None:
     assert {p.dtype for p in esp.parameters(model)} == {torch.float32}
 
 
+def test_numbers_as_labels_train_on_a_bf16_base() -> None:
+    make, words, rows = TASKS["regression"]
+    model = make().bfloat16()
+    result = esp.fit(model, tiny.tokenizer(words), rows, steps=3, lr=0.01, **COMMON)
+    assert result.steps == 3
+    assert model.dtype == torch.bfloat16
+
+
 def test_packed_rows_train(tmp_path: Path) -> None:
     result = esp.fit(
         tiny.llama(), tiny.tokenizer("gpt2"), tiny.sums(), batching="pack", max_length=32,

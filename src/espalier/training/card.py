@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,38 @@ from espalier.deltas import Recipe
 from espalier.training.config import RunConfig
 
 if TYPE_CHECKING:
-    from espalier.tasks import Task
+    from espalier.tasks import Row, Task
+
+_CARD = """\
+---
+{header}
+---
+
+# {name} adapted to {task}
+
+{methods}
+
+Base: `{base}`. {trained:,} of {total:,} parameters trained.
+Data: `{data}` ({rows} rows).{labels}
+
+{table}
+
+Settings are in `config.yaml`, every step in `metrics.jsonl`.
+
+## Use
+
+```sh
+{commands}
+```
+
+```python
+import espalier as esp
+from transformers import {auto}
+
+model = {auto}.from_pretrained({base!r}{settings})
+esp.load(model, {adapter!r})
+```
+"""
 
 
 def in_words(recipe: Recipe) -> list[str]:
@@ -24,8 +56,55 @@ def in_words(recipe: Recipe) -> list[str]:
     return lines
 
 
-def table(metrics: Mapping[str, Mapping[str, float]]) -> str:
-    """Metrics by split as a Markdown table."""
+def commands(task: Task, row: Row, folder: Path) -> list[str]:
+    """What to type to use the adapter in a run folder, with an input like `row`."""
+    run, values = shlex.quote(str(folder)), row.values
+    if "messages" in values:
+        use = f"espalier chat {run}"
+    elif "prompt" in values:
+        use = f"espalier generate {run} --prompt {_quoted(values['prompt'])}"
+    elif task.name == "causal":
+        use = f"espalier generate {run} --prompt {_quoted(values['text'])}"
+    elif set(values) <= {"text", "label"} and "text" in values:
+        use = f"espalier predict {run} {_quoted(values['text'])}"
+    else:
+        use = f"espalier predict {run} --data rows.jsonl"
+    return [use, f"espalier eval {run}", f"espalier merge {run} --out merged"]
+
+
+def write_card(
+    config: RunConfig,
+    recipe: Recipe,
+    task: Task,
+    rows: Mapping[str, list[Row]],
+    metrics: Mapping[str, Mapping[str, float]],
+    account: Mapping[str, Any],
+    folder: Path,
+) -> str:
+    """The card's text, in Markdown with the usual header."""
+    header = {"library_name": "espalier", "base_model": config.model}
+    header |= {"tags": ["espalier", "peft", task.name]}
+    return _CARD.format(
+        header=yaml.safe_dump(header, sort_keys=False).strip(),
+        name=Path(config.model).name,
+        task=task.name,
+        methods="\n".join(f"- {line}" for line in in_words(recipe)),
+        base=config.model,
+        trained=account["trained"] + account["head"],
+        total=account["total"],
+        data=config.train,
+        rows=", ".join(f"{len(some):,} {split}" for split, some in rows.items()),
+        labels=f"\nLabels: {', '.join(task.labels)}." if task.labels else "",
+        table=_table(metrics),
+        commands="\n".join(commands(task, rows["train"][0], folder)),
+        auto=task.auto_model,
+        settings=f", num_labels={len(task.labels)}" if task.labels else "",
+        adapter=str(folder / "adapter"),
+    )
+
+
+def _table(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """Metrics by split, in Markdown."""
     names = list(dict.fromkeys(name for values in metrics.values() for name in values))
     rows = [["", *metrics], *([n, *(_shown(v.get(n)) for v in metrics.values())] for n in names)]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
@@ -36,53 +115,5 @@ def _shown(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
 
 
-def write_card(
-    config: RunConfig,
-    recipe: Recipe,
-    task: Task,
-    sizes: Mapping[str, int],
-    metrics: Mapping[str, Mapping[str, float]],
-    account: Mapping[str, Any],
-    folder: Path,
-) -> str:
-    """The card's text, in Markdown with the usual header."""
-    header = {
-        "library_name": "espalier",
-        "base_model": config.model,
-        "tags": ["espalier", "peft", task.name],
-    }
-    rows = ", ".join(f"{count:,} {split}" for split, count in sizes.items())
-    methods = "\n".join(f"- {line}" for line in in_words(recipe))
-    trained = f"{account['trained']:,} of {account['total']:,} parameters trained"
-    named = f"\nLabels: {', '.join(task.labels)}.\n" if task.labels else ""
-    settings = f", num_labels={len(task.labels)}" if task.labels else ""
-    return f"""---
-{yaml.safe_dump(header, sort_keys=False).strip()}
----
-
-# {Path(config.model).name} adapted to {task.name}
-
-{methods}
-
-Base: `{config.model}`. {trained}. Data: `{config.train}` ({rows} rows).
-{named}
-{table(metrics)}
-
-Settings are in `config.yaml`, every step in `metrics.jsonl`.
-
-## Use
-
-```sh
-espalier eval {folder} --data {config.test or config.validation or config.train}
-espalier predict {folder} --data rows.jsonl
-espalier merge {folder} --out merged
-```
-
-```python
-import espalier as esp
-from transformers import {task.auto_model}
-
-model = {task.auto_model}.from_pretrained({config.model!r}{settings})
-esp.load(model, {str(folder / "adapter")!r})
-```
-"""
+def _quoted(text: str) -> str:
+    return shlex.quote(" ".join(text.split())[:60])

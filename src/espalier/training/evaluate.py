@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import PreTrainedModel
 
     from espalier.tasks import Task
 
@@ -36,9 +37,21 @@ def real_tokens(batch: Mapping[str, Tensor]) -> int:
     return batch["input_ids"].numel() if mask is None else int((mask != 0).sum())
 
 
-def inputs(task: Task, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
-    """What the model is called with: the batch's part for it, on its device."""
-    return task.inputs({key: value.to(device, non_blocking=True) for key, value in batch.items()})
+def inputs(
+    task: Task,
+    batch: Mapping[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """What the model is called with: the batch's part for it, on its device.
+
+    Labels that are numbers get the model's dtype: losses do not mix two of them.
+    """
+    moved = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    labels = moved.get("labels")
+    if labels is not None and labels.is_floating_point():
+        moved["labels"] = labels.to(dtype)
+    return task.inputs(moved)
 
 
 @contextlib.contextmanager
@@ -54,7 +67,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def evaluate(
-    model: nn.Module,
+    model: PreTrainedModel,
     task: Task,
     tokenizer: Any,
     examples: Sequence[dict[str, Any]],
@@ -75,7 +88,7 @@ def evaluate(
             batch = task.collate([examples[i] for i in chunk], tokenizer)
             count = targets(batch, causal)
             with autocast():
-                outputs = model(**inputs(task, batch, accelerator.device))
+                outputs = model(**inputs(task, batch, accelerator.device, model.dtype))
             loss = float(outputs.loss) if count else 0.0
             found.append((loss, count, task.predict(outputs, batch), task.references(batch)))
     if accelerator.num_processes > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from espalier.training.card import write_card
 from espalier.training.evaluate import evaluating, inputs
 from espalier.training.loop import Loop
 from espalier.training.prepare import Material
-from espalier.training.writing import score_answers, write_answers
 
 Metrics = dict[str, dict[str, float]]
 WRITTEN = 200  # rows at most that answers are generated for
@@ -43,17 +43,19 @@ def measure(at: Material, loop: Loop) -> Metrics:
 
 
 def _write(at: Material, split: str) -> dict[str, float]:
+    """exact_match, bleu and rouge_l of greedy answers to rows of a split."""
+    from espalier.generation import Adapted, Writing, write
+    from espalier.tasks.metrics import generation_scores
+
     rows, config = at.data.splits[split][:WRITTEN], at.config
-    answers = write_answers(
-        at.model,
-        at.data.task,
-        at.tokenizer,
-        rows,
-        batch=config.eval_batch or 2 * config.batch,
-        max_length=max(2, (config.max_length or 512) - config.max_new_tokens),
-        max_new_tokens=config.max_new_tokens,
+    card = {"extras": {"max_length": config.max_length}}
+    adapted = Adapted(at.folder or Path(), at.model, at.tokenizer, at.data.task, card)
+    how, batch = (
+        Writing(max_new_tokens=config.max_new_tokens),
+        config.eval_batch or 2 * config.batch,
     )
-    return score_answers(at.data.task, answers, rows)
+    answers = write(adapted, [row.values for row in rows], how, batch, config.seed)
+    return generation_scores(answers, [at.data.task.answer(row) for row in rows])
 
 
 def keep(
@@ -78,8 +80,7 @@ def keep(
     note = _check_reload(at, name)
     if note:
         at.screen.say(note)
-    sizes = {split: len(rows) for split, rows in at.data.splits.items()}
-    card = write_card(config, parts, task, sizes, metrics, counted, folder)
+    card = write_card(config, parts, task, at.data.splits, metrics, counted, folder)
     folders.write_text(folder / "README.md", card)
     if plot.available():
         plot.draw(loop.job.record.lines, task.best[0], folder / "loss.png")
@@ -97,7 +98,7 @@ def _check_reload(at: Material, name: str) -> str | None:
 
     def outputs(choice: str | None) -> Tensor:
         activate(at.model, choice)
-        return at.model(**inputs(task, batch, at.accelerator.device)).logits
+        return at.model(**inputs(task, batch, at.accelerator.device, at.model.dtype)).logits
 
     with evaluating(at.model):
         trained = outputs(name)

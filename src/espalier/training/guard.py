@@ -1,7 +1,7 @@
-"""The watch on numbers: training stops at the first loss or gradient that is not finite.
+"""The watch on a run: numbers that are not finite, and places that never get a gradient.
 
-Only then the step's micro-batches are run once more, to tell which rows and which module it came
-from.
+Training stops at the first loss or gradient norm that is not finite; only then the step's
+micro-batches are run once more, to tell which rows and which module it came from.
 """
 
 from __future__ import annotations
@@ -13,10 +13,45 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import TrainingError
+from espalier.graft import dead_sites
 from espalier.training.evaluate import inputs
 
 if TYPE_CHECKING:
-    from espalier.training.loop import Job
+    from espalier.training.job import Job
+
+
+_WATCHED = 8  # first steps; in one alone an expert that no token was sent to has no gradient
+
+
+class Places:
+    """The places of the adapter that have not had a gradient yet."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.dead = set(dead_sites(job.model))  # all of them, before the first backward pass
+
+    def check(self, step: int, total: int, norm: float) -> None:
+        """Look at the gradients of step number `step` (from 0) of `total`.
+
+        Raises:
+            TrainingError: no place had a gradient in this step, or some had none in all of the
+                first steps; where the whole base trains, unused parts of it are only named.
+        """
+        if not self.dead or step >= _WATCHED:
+            return
+        self.dead &= set(dead_sites(self.job.model))
+        if not self.dead or (norm != 0 and step + 1 < min(_WATCHED, total)):
+            return
+        names = sorted(self.dead)
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        found = f"{len(names)} places of the adapter never had a gradient: "
+        found += ", ".join(names[:8]) + more + "."
+        if norm == 0 or not self.job.recipe.trains_base:
+            raise TrainingError(
+                f"{found} They would never learn. Leave them out with sites=, or check that the "
+                "model uses them."
+            )
+        self.job.screen.say(found)
 
 
 def check_finite(job: Job, loss: float, norm: float, number: int, step: list[list[int]]) -> None:
@@ -58,7 +93,9 @@ def _first_bad(job: Job, micro: list[int]) -> str | None:
     try:
         with torch.no_grad(), job.autocast():
             batch = job.task.collate([job.train[i] for i in micro], job.tokenizer)
-            loss = job.model(**inputs(job.task, batch, job.accelerator.device)).loss
+            loss = job.model(
+                **inputs(job.task, batch, job.accelerator.device, job.model.dtype)
+            ).loss
     finally:
         for hook in hooks:
             hook.remove()

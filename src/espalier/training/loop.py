@@ -9,89 +9,50 @@ add with one all-reduce: no wrapper around the model is needed.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from espalier.deltas import Recipe
 from espalier.errors import TrainingError
-from espalier.graft import dead_sites, groups
+from espalier.graft import groups
 from espalier.training import state
-from espalier.training.config import RunConfig
 from espalier.training.evaluate import evaluate, inputs, real_tokens, targets
-from espalier.training.guard import check_finite
-from espalier.training.memory import explained, used
-from espalier.training.progress import Screen
-from espalier.training.record import Record
+from espalier.training.guard import Places, check_finite
+from espalier.training.job import Job
+from espalier.training.memory import used
 from espalier.training.schedule import factor, total_steps, warmup_steps
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from espalier.tasks import Task
-
-_WATCHED = 8  # first steps in which each place must get a gradient; experts may be idle in one
-Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
-
-
-@dataclass
-class Job:
-    """What a loop works on: a grafted model on its device, encoded examples and settings."""
-
-    model: nn.Module
-    tokenizer: Any
-    task: Task
-    train: Sequence[dict[str, Any]]
-    validation: Sequence[dict[str, Any]]
-    sources: Sequence[str]  # file and line of each training example
-    config: RunConfig
-    recipe: Recipe
-    lr: float
-    accelerator: Accelerator
-    autocast: Autocast
-    precision: str
-    screen: Screen
-    record: Record
-    folder: Path | None
-    threads: int
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest example."""
-        return max(len(example["input_ids"]) for example in self.train)
 
 
 class Loop:
     """Trains the active adapter of a job's model.
 
     Raises:
-        TrainingError: no memory, a non-finite loss or gradient, or a site without gradient.
+        TrainingError: a non-finite loss or gradient, or a place without gradient.
     """
 
     def __init__(self, job: Job) -> None:
         self.job, self.config = job, job.config
         parts = groups(job.model, job.config.weight_decay)
         self.parameters: list[nn.Parameter] = [p for group in parts for p in group["params"]]
-        # Fused: one pass over memory per step; the flat buffers are plain fp32 tensors.
-        self.optimizer = torch.optim.AdamW(parts, lr=job.lr, fused=_fused(self.parameters))
+        # One pass over memory per step, where torch has it: the flat buffers are plain tensors.
+        fused = all(p.device.type in ("cpu", "cuda") for p in self.parameters)
+        self.optimizer = torch.optim.AdamW(parts, lr=job.lr, fused=fused)
         self.at = state.Position()
         self.per_epoch = len(self.epoch(0))
         self.total = total_steps(self.config.epochs, self.config.steps, self.per_epoch)
         self.warmup = warmup_steps(self.config.warmup, self.total)
         self.best: list[Tensor] | None = None
-        self.dead = set(dead_sites(job.model))  # at first every place: none has a gradient yet
+        self.places = Places(job)
         self.fixed = state.Fixed(
             self.config,
             job.threads,
             job.accelerator.num_processes,
-            state.fingerprint(job.train),
+            state.fingerprint(job.train) if job.folder else "",
             self.total,
         )
 
@@ -116,9 +77,8 @@ class Loop:
         self.job.screen.start(self.total, self.at.step)
         self.job.model.train()
         try:
-            with explained(self.config, self.job.longest):
-                while self.at.step < self.total and not self.at.stopped:
-                    self._epoch()
+            while self.at.step < self.total and not self.at.stopped:
+                self._epoch()
         finally:
             self.job.screen.stop()
         if self.best is not None:
@@ -133,12 +93,9 @@ class Loop:
             return max(len(m) * max(len(self.job.train[i]["input_ids"]) for i in m) for m in step)
 
         self.job.model.train()
-        with explained(self.config, self.job.longest):
-            loss, _, _ = self._gradients(max(self.epoch(0), key=weight))
-        dead = dead_sites(self.job.model)
+        loss, norm, _ = self._gradients(max(self.epoch(0), key=weight))
+        self.places.check(0, self.total, float(norm))
         self._forget()
-        if dead:
-            self._bury(dead)
         return float(loss)
 
     def evaluate(self, examples: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -192,7 +149,8 @@ class Loop:
             group["lr"] = self.job.lr * share
         loss, norm, tokens = self._gradients(step)
         loss, norm = torch.stack([loss, norm]).tolist()  # the step's one wait for the device
-        self._guard(step, loss, norm)
+        check_finite(self.job, loss, norm, self.at.step + 1, step)
+        self.places.check(self.at.step, self.total, norm)
         self.optimizer.step()
         self._forget()
         self.at.tokens += tokens
@@ -221,16 +179,19 @@ class Loop:
         mine = step[accelerator.process_index :: accelerator.num_processes]
         batches = [job.task.collate([job.train[i] for i in micro], job.tokenizer) for micro in mine]
         counts = [targets(batch, job.task.name == "causal") for batch in batches]
-        tokens = sum(real_tokens(batch) for batch in batches)
-        sums = torch.tensor([sum(counts), tokens], device=device)
-        total, tokens = accelerator.reduce(sums, "sum").tolist()  # type: ignore[union-attr]
+        total, tokens = sum(counts), sum(real_tokens(batch) for batch in batches)
+        if accelerator.num_processes > 1:
+            sums = torch.tensor([total, tokens], device=device)
+            total, tokens = accelerator.reduce(sums, "sum").tolist()  # type: ignore[union-attr]
         if not total:
-            raise TrainingError(f"No target in a whole step: {self._rows(step)}.")
+            rows = ", ".join(job.sources[i] for micro in step for i in micro)
+            raise TrainingError(f"No target in a whole step: {rows}.")
         loss = torch.zeros((), device=device)
         for batch, count in zip(batches, counts, strict=True):
             if count:  # the mean over no target is not a number
                 with job.autocast():
-                    part = job.model(**inputs(job.task, batch, device)).loss * (count / total)
+                    given = inputs(job.task, batch, device, job.model.dtype)
+                    part = job.model(**given).loss * (count / total)
                 part.backward()
                 loss += part.detach().float()
         if accelerator.num_processes > 1:
@@ -246,28 +207,6 @@ class Loop:
 
     def _forget(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-
-    def _guard(self, step: list[list[int]], loss: float, norm: float) -> None:
-        """Stop rather than train on non-finite numbers or beside places that never learn."""
-        check_finite(self.job, loss, norm, self.at.step + 1, step)
-        if self.dead and self.at.step < _WATCHED:
-            self.dead &= set(dead_sites(self.job.model))
-            if self.dead and (norm == 0 or self.at.step + 1 == min(_WATCHED, self.total)):
-                self._bury(sorted(self.dead))
-
-    def _bury(self, dead: list[str]) -> None:
-        """Refuse places that never learn; where the whole base trains, only name them."""
-        shown = ", ".join(dead[:8]) + (f" and {len(dead) - 8} more" if len(dead) > 8 else "")
-        found = f"{len(dead)} of the adapter's places never had a gradient: {shown}."
-        if not self.job.recipe.trains_base:
-            raise TrainingError(
-                f"{found} They would never learn. Leave them out with sites=, or check that the "
-                "model uses them."
-            )
-        self.job.screen.say(found)
-
-    def _rows(self, step: list[list[int]]) -> str:
-        return ", ".join(self.job.sources[i] for micro in step for i in micro)
 
     def _check(self) -> None:
         job, config = self.job, self.config
@@ -290,23 +229,10 @@ class Loop:
         job.screen.checked(self.at.step, metrics, better)
 
     def _save(self) -> None:
-        if self.job.folder is None:
-            return
-        offset = self.job.record.offset
-        state.write(
-            self.job.folder,
-            self.at,
-            self.fixed,
-            offset,
-            self.parameters,
-            self.best,
-            self.optimizer,
-            self.job.accelerator,
-        )
-
-
-def _fused(parameters: Sequence[nn.Parameter]) -> bool:
-    return all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in parameters)
+        if self.job.folder:
+            what = (self.parameters, self.best, self.optimizer)
+            offset, accelerator = self.job.record.offset, self.job.accelerator
+            state.write(self.job.folder, self.at, self.fixed, offset, *what, accelerator)
 
 
 def _better(value: float, best: float | None, way: str) -> bool:

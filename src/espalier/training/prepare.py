@@ -33,17 +33,22 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Material:
-    """All that a run works on."""
+    """All that a run works on; `started` is when, on `time.perf_counter`'s clock."""
 
+    started: float
     config: RunConfig
     model: Any
     tokenizer: Any
     data: TaskData
     encoded: Encoded
     accelerator: Accelerator
-    precision: str
     screen: Screen
     folder: Path | None
+
+    @property
+    def precision(self) -> str:
+        """fp32 or bf16."""
+        return precision_of(self.config, self.accelerator.device)
 
 
 def read_data(

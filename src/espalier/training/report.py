@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from espalier.deltas import Recipe
+from espalier.training.card import commands
 from espalier.training.loop import Loop
 from espalier.training.memory import in_words
 from espalier.training.progress import Screen, duration
@@ -42,7 +43,7 @@ def plan(loop: Loop, data: TaskData, parts: Recipe, account: Mapping[str, Any]) 
     ]
 
 
-def end(screen: Screen, result: RunResult, first_text: str | None) -> None:
+def end(screen: Screen, result: RunResult, data: TaskData) -> None:
     """What was made, how good it is, and what to type next."""
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("")
@@ -59,16 +60,10 @@ def end(screen: Screen, result: RunResult, first_text: str | None) -> None:
     if result.folder is None:
         return
     screen.say(f"The adapter is in {result.folder / 'adapter'} ({_size(result.folder)}).")
-    example = f" {_quoted(first_text)}" if first_text else ""
     screen.say("What to type next:")
-    screen.say(f"  espalier predict {result.folder}{example}")
-    screen.say(f"  espalier merge {result.folder} --out merged")
+    for command in commands(data.task, data.splits["train"][0], result.folder):
+        screen.say(f"  {command}")
 
 
 def _size(folder: Path) -> str:
     return in_words(sum(p.stat().st_size for p in (folder / "adapter").iterdir()))
-
-
-def _quoted(text: str) -> str:
-    short = " ".join(text.split())[:60].replace('"', "'").replace("$", "").replace("`", "")
-    return f'"{short}"'

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from espalier.errors import CheckpointError, SettingError
+from espalier.training import randomness
 from espalier.training.config import DECISIVE, RunConfig
 
 if TYPE_CHECKING:
@@ -57,13 +57,6 @@ class Fixed:
     processes: int
     data: str  # hash of the encoded training examples
     total: int  # optimiser steps of the whole run
-
-
-def seed_all(seed: int) -> None:
-    """Seed python, numpy and torch on every device."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def fingerprint(examples: Sequence[dict[str, Any]]) -> str:
@@ -109,28 +102,31 @@ def write(
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir(parents=True)
         accelerator.wait_for_everyone()
-        _write_random(new / f"random-{accelerator.process_index}.safetensors")
+        randomness.write(new / f"random-{accelerator.process_index}.safetensors")
         accelerator.wait_for_everyone()
-        if not main:
-            return
-        save_file(_tensors(parameters, best, optimizer), new / "tensors.safetensors")
-        run = {
-            "format": 1,
-            "position": dataclasses.asdict(position),
-            "offset": offset,
-            "fixed": {**_plain(fixed), "config": fixed.config.to_dict()},
-        }
-        (new / "run.json").write_text(json.dumps(run, indent=1), encoding="utf-8")
-        _flush(new)
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(new, target)
+        if main:
+            save_file(_tensors(parameters, best, optimizer), new / "tensors.safetensors")
+            _write_json(new / "run.json", position, fixed, offset)
+            _flush(new)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(new, target)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"The state of the run cannot be written to {new}: {error}"
         ) from error
-    for old in (folder / "state").iterdir():
+    for old in (folder / "state").iterdir() if main else ():
         if old != target:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_json(path: Path, position: Position, fixed: Fixed, offset: int) -> None:
+    run = {
+        "format": 1,
+        "position": dataclasses.asdict(position),
+        "offset": offset,
+        "fixed": {**_plain(fixed), "config": fixed.config.to_dict()},
+    }
+    path.write_text(json.dumps(run, indent=1), encoding="utf-8")
 
 
 def read_position(state: Path, fixed: Fixed) -> tuple[Position, int]:
@@ -189,7 +185,7 @@ def restore(
             _, i, name = key.split(".", 2)
             moments.setdefault(int(i), {})[name] = tensor
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    _read_random(state / f"random-{process}.safetensors")
+    randomness.read(state / f"random-{process}.safetensors")
     best = [tensors[f"best.{i}"] for i in range(len(parameters)) if f"best.{i}" in tensors]
     return best or None
 
@@ -220,36 +216,6 @@ def _read_json(state: Path) -> dict[str, Any]:
         return json.loads((state / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"The state {state} cannot be read: {error}") from error
-
-
-def _write_random(path: Path) -> None:
-    _, keys, *rest = np.random.get_state()
-    version, words, gauss = random.getstate()
-    tensors = {
-        "torch": torch.get_rng_state(),
-        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
-        "python": torch.tensor(words, dtype=torch.int64),
-    }
-    if torch.cuda.is_available():
-        tensors |= {f"cuda.{i}": t for i, t in enumerate(torch.cuda.get_rng_state_all())}
-    others = {"numpy": [int(rest[0]), int(rest[1]), float(rest[2])], "python": [version, gauss]}
-    save_file(tensors, path, metadata={"others": json.dumps(others)})
-
-
-def _read_random(path: Path) -> None:
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            others = json.loads(file.metadata()["others"])
-    except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"The random state {path} cannot be read: {error}") from error
-    torch.set_rng_state(tensors["torch"])
-    np.random.set_state(("MT19937", tensors["numpy"].numpy().astype(np.uint32), *others["numpy"]))
-    version, gauss = others["python"]
-    random.setstate((version, tuple(tensors["python"].tolist()), gauss))
-    cuda = sorted((key for key in tensors if key.startswith("cuda.")), key=lambda k: int(k[5:]))
-    if cuda and torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([tensors[key] for key in cuda])
 
 
 def _flush(folder: Path) -> None:
