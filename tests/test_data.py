@@ -98,9 +98,20 @@ def as_list(folder):
     return ROWS
 
 
+def as_lists_by_split(folder):
+    return {"train": ROWS}
+
+
+def as_data_set(folder):
+    import datasets
+
+    return datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
+
+
 FORMS = (
     *(as_jsonl, as_json, as_nested_json, as_mislabelled_json, as_csv, as_semicolons),
     *(as_tsv_with_mark, as_parquet, as_folder, as_saved, as_list),
+    *(as_lists_by_split, as_data_set),
 )
 
 

@@ -230,6 +230,8 @@ def test_alpaca_and_sharegpt_become_conversations():
     task, found = encoded(tokenizer, alpaca)
     assert found == expected
     assert encoded(tokenizer, {"conversations": shared})[1] == expected
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Add.\n\n1 2"}]}, talk[1]]
+    assert encoded(tokenizer, {"messages": parts})[1] == expected
     assert task.prompt({"instruction": "Add.", "input": "1 2"}, tokenizer) == task.prompt(
         "Add.\n\n1 2", tokenizer
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +44,8 @@ def read_hub(name: str) -> Parts:
 
     base, _, config = name.partition(":")
     try:
-        found = datasets.load_dataset(base, config or None)
+        with _cache_only_if_unreachable():
+            found = datasets.load_dataset(base, config or None)
     except Exception as error:  # the hub's client raises a dozen unrelated types
         raise DataError(
             f"{name}: no such file or folder here, and no data set of that name could be loaded "
@@ -49,6 +53,35 @@ def read_hub(name: str) -> Parts:
             "picked with a colon (glue:sst2)"
         ) from error
     return _parts(found, base)
+
+
+@contextmanager
+def _cache_only_if_unreachable() -> Iterator[None]:
+    """Take the local cache at once where the hub cannot be reached; the client retries for 25 s.
+
+    The library reads its switch at import, so that setting the environment comes too late.
+    """
+    import datasets.config
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    if not any(before) and not _reachable(constants.ENDPOINT):
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def _reachable(address: str, seconds: float = 3.0) -> bool:
+    """Whether anything answers at `address`, proxies of the environment included."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), None, seconds):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
 
 
 def _first_line(error: Exception) -> str:

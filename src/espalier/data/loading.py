@@ -47,7 +47,7 @@ def read_task(
 
     Args:
         train: a file, a folder with train/validation/test files, a saved or hub data set, or a
-            list of dicts.
+            list of dicts (or such lists by split: `{"train": ..., "test": ...}`).
         validation: the like for validation; without any, a share of training is set aside.
         test: the like for testing.
         task: "classification", "multilabel", "regression", "tokens", "causal" or "seq2seq"; by

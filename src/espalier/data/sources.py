@@ -1,14 +1,15 @@
 """From whatever a person points at to raw rows per split: local paths first, then the hub.
 
 A source is a file, a folder with train/validation/test files (and perhaps labels.json), a
-folder saved by `datasets`, the name of a data set on the hub, or a list of dicts.
+folder saved by `datasets`, the name of a data set on the hub, a list of dicts, or such lists by
+split.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev", "eval"),
     "test": ("test",),
 }
-Source = str | Path | Sequence[Mapping[str, Any]]
+Listed = Iterable[Mapping[str, Any]]
+Source = str | Path | Listed | Mapping[str, Listed]
 
 
 @dataclass
@@ -39,6 +41,8 @@ def read_source(source: Source, documents: str = "file", split: str = "train") -
     Raises:
         DataError: there is no such thing, or it cannot be read.
     """
+    if isinstance(source, Mapping):
+        return Raw({str(name): _listed(rows, str(name)) for name, rows in source.items()})
     if not isinstance(source, str | Path):
         return Raw({split: _listed(source, split)})
     path = Path(source).expanduser()
@@ -53,7 +57,7 @@ def read_source(source: Source, documents: str = "file", split: str = "train") -
     return Raw(*read_hub(str(source)))
 
 
-def _listed(items: Sequence[Mapping[str, Any]], split: str) -> list[Row]:
+def _listed(items: Listed, split: str) -> list[Row]:
     rows = [as_row(item, f"{split}:row {i}") for i, item in enumerate(items, 1)]
     if not rows:
         raise DataError(f"the list of {split} rows is empty")

@@ -72,6 +72,8 @@ def _message(item: Any, where: str, place: str) -> Message:
             f"{where}: {place} has role {role!r} (under 'role' or 'from'); "
             f"known: {', '.join(ROLES)}"
         )
+    if isinstance(content, list) and all(_is_text_part(part) for part in content):
+        content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise DataError(
             f"{where}: {place} has {kind(content)} for content, need text "
@@ -80,6 +82,10 @@ def _message(item: Any, where: str, place: str) -> Message:
     if ROLES[role] == "assistant" and not content.strip():
         raise DataError(f"{where}: {place} is an empty answer: there is nothing to learn from it")
     return {"role": ROLES[role], "content": content}
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and "text" in part
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
