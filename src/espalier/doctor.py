@@ -12,7 +12,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import sys
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -214,8 +213,6 @@ def _remarks(machine: Machine) -> list[str]:
         remarks.append("Less than 2 GB of memory are free: use small batches and checkpointing.")
     if machine.disk_free < _LEAST_DISK:
         remarks.append("Less than 1 GB of disk is free in this folder.")
-    if sys.version_info < (3, 11):
-        remarks.append("Espalier needs Python 3.11 or newer.")
     return remarks
 
 

@@ -65,8 +65,9 @@ class Writing:
         if not kept.pop("do_sample", "temperature" in kept):
             kept["temperature"] = 0.0
         known = {field.name for field in dataclasses.fields(Writing)}
-        values = {name: value for name, value in kept.items() if name in known}
-        return Writing(**values | {n: v for n, v in typed.items() if v is not None})
+        values: dict[str, Any] = {name: value for name, value in kept.items() if name in known}
+        values |= {name: value for name, value in typed.items() if value is not None}
+        return Writing(**values)
 
     def for_generate(self) -> dict[str, Any]:
         """Keywords of transformers' `generate`; what greedy decoding has no use for is left out."""
@@ -227,7 +228,8 @@ def stream(at: Adapted, request: Any, how: Writing, show: Callable[[str], object
 
     pieces = Shower(at.tokenizer, skip_prompt=at.task.name == "causal", skip_special_tokens=True)
     with evaluating(at.model):
-        ids = _generate(at, [_prompt(at, request, how)], how, pieces if how.num_beams == 1 else None)
+        at_once = pieces if how.num_beams == 1 else None  # beams are known at the end only
+        ids = _generate(at, [_prompt(at, request, how)], how, at_once)
     text = at.tokenizer.decode(ids[0], skip_special_tokens=True).strip()
     if how.num_beams > 1:
         show(text)

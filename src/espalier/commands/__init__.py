@@ -18,7 +18,7 @@ _BEGIN, _USE, _LOOK, _HAND_ON = "Begin", "Train and use", "Look", "Hand on"
 
 # name: (panel of the overview, one line)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "quickstart": (_BEGIN, "See it work in under 4 minutes, offline, on a real model and real text."),
+    "quickstart": (_BEGIN, "See it work in minutes, offline, on a real model and real text."),
     "doctor": (_BEGIN, "What is installed, what is missing for what, and the fix."),
     "train": (_USE, "Adapt a model to your data."),
     "eval": (_USE, "Measure a trained adapter on labelled data."),
@@ -29,7 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data": (_LOOK, "Check data before training: columns, lengths, what the loss sees."),
     "merge": (_HAND_ON, "Write base and adapter as one ordinary model folder."),
     "export": (_HAND_ON, "Write the adapter in another tool's format."),
-    "build-base": (_HAND_ON, "Build the quickstart's small decoder again, from Python's own source."),
+    "build-base": (_HAND_ON, "Build the quickstart's decoder again, from Python's own source."),
 }
 
 _EPILOG = """Start here:  espalier quickstart

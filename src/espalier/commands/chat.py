@@ -1,4 +1,4 @@
-"""`espalier chat`: a conversation in the terminal, with the template the adapter was trained with."""
+"""`espalier chat`: a conversation in the terminal, with the template of the training."""
 
 from __future__ import annotations
 

@@ -171,7 +171,8 @@ def _card(folder: Path) -> Table:
     table.add_column("", overflow="fold")
     table.add_row("method", str(Recipe.from_json(card["recipe"])))
     table.add_row("base", f"{card['base']['name'] or 'unnamed'} ({card['base']['class']})")
-    table.add_row("trained", f"{card['trained']:,} numbers, {_bytes(_weights_size(folder))} on disk")
+    size = _bytes(_weights_size(folder))
+    table.add_row("trained", f"{card['trained']:,} numbers, {size} on disk")
     table.add_row("head", ", ".join(card["head"]) or "none")
     for name, value in extras.items():
         if value not in (None, "", [], {}):
@@ -182,7 +183,8 @@ def _card(folder: Path) -> Table:
 def _weights_size(folder: Path) -> int:
     from espalier.checkpoint import WEIGHTS
 
-    return next(p.stat().st_size for p in (folder / WEIGHTS, folder / "adapter" / WEIGHTS) if p.is_file())
+    paths = (folder / WEIGHTS, folder / "adapter" / WEIGHTS)
+    return next(path.stat().st_size for path in paths if path.is_file())
 
 
 def _short(value: Any, most: int = 300) -> str:

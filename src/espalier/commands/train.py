@@ -1,4 +1,4 @@
-"""`espalier train`: adapt a model to data; every setting of a run is a flag, and so is a method's."""
+"""`espalier train`: adapt a model to data; every setting of a run or a method is a flag."""
 
 from __future__ import annotations
 
