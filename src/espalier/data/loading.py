@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from espalier.data.building import build_task
 from espalier.data.columns import recognise
 from espalier.data.forms import Form
-from espalier.data.sources import Raw, Source, read_source
+from espalier.data.sources import SPLITS, Raw, Source, read_source
 from espalier.errors import DataError, SettingError
 from espalier.tasks import Causal, Row, Task, task_class
 from espalier.tasks.rows import is_missing
@@ -73,12 +73,7 @@ def read_task(
         raise SettingError(f"validation_share={validation_share}: must be at least 0 and below 1")
     if limit is not None and limit < 1:
         raise SettingError(f"limit={limit}: must be at least 1")
-    raw = read_source(train, documents)
-    if "train" not in raw.splits:
-        raise DataError(f"{train}: there is no train split; found {', '.join(raw.splits)}")
-    for name, source in (("validation", validation), ("test", test)):
-        if source is not None:
-            raw.splits[name] = _split_of(read_source(source, documents, name), name, source)
+    raw = _read_splits(train, {"validation": validation, "test": test}, documents)
     if label_names is not None:
         raw.label_names = {"": list(label_names)}
     form = recognise(raw.splits["train"], task, prefer, columns)
@@ -92,13 +87,25 @@ def read_task(
     )
     notes = [_said(form, made)]
     _leave_out_unlabelled(raw, form, notes, given={"validation": validation, "test": test})
-    splits = {name: [made.read(row) for row in rows] for name, rows in raw.splits.items()}
-    splits = {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+    splits = {
+        name: [made.read(row) for row in raw.splits[name]] for name in SPLITS if name in raw.splits
+    }
     if "validation" not in splits:
         splits = _set_aside(made, splits, validation_share, seed, notes)
     if limit is not None:
         splits = {name: _limited(made, rows, limit, seed) for name, rows in splits.items()}
     return TaskData(made, splits, tuple(notes))
+
+
+def _read_splits(train: Source, more: Mapping[str, Source | None], documents: str) -> Raw:
+    """Raw rows of the training source, and of further sources in place of its own splits."""
+    raw = read_source(train, documents)
+    if "train" not in raw.splits:
+        raise DataError(f"{train}: there is no train split; found {', '.join(raw.splits)}")
+    for name, source in more.items():
+        if source is not None:
+            raw.splits[name] = _split_of(read_source(source, documents, name), name, source)
+    return raw
 
 
 def read_rows(

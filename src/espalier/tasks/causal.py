@@ -28,7 +28,7 @@ from espalier.tasks.encoding import (
     plain_ids,
 )
 from espalier.tasks.metrics import TextLoss, text_scores
-from espalier.tasks.pieces import Encoded, encode_pieces, fit, learned_pieces
+from espalier.tasks.pieces import Encoded, blocks, encode_pieces, fit, learned_pieces
 from espalier.tasks.requests import completion_of, messages_of, requested_text, requested_turns
 from espalier.tasks.rows import Row, text_cell
 from espalier.tasks.task import IGNORED, Example, Piece, Task
@@ -124,14 +124,7 @@ class Causal(Task):
             fresh = not row.values.get("continues", False)
             if fresh and isinstance(end, int):
                 stream.append(end)
-        # The first token of a block has nothing before it from which it could be foretold; blocks
-        # share one token, so that each token is foretold in one of them.
-        blocks = [stream[i : i + size] for i in range(0, len(stream), max(size - 1, 1))]
-        return [
-            {"input_ids": b, "labels": [IGNORED, *b[1:]], "full": len(b), "cut": 0}
-            for b in blocks
-            if len(b) > 1
-        ]
+        return blocks(stream, size)
 
     def _answers(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, limit: int | None

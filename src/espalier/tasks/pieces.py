@@ -99,6 +99,20 @@ def fit(encoded: Encoded, max_length: int | None, opening: int) -> Example:
     }
 
 
+def blocks(stream: Sequence[int], size: int) -> list[Example]:
+    """Plain text in examples of `size` tokens, all of which are learned but the very first.
+
+    The first token of a block has nothing before it from which it could be foretold; blocks
+    share one token, so that each is foretold in one of them.
+    """
+    parts = [list(stream[i : i + size]) for i in range(0, len(stream), max(size - 1, 1))]
+    return [
+        {"input_ids": part, "labels": [IGNORED, *part[1:]], "full": len(part), "cut": 0}
+        for part in parts
+        if len(part) > 1
+    ]
+
+
 def learned_pieces(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
     """The text of examples as it is after encoding and cutting, by what the loss sees of it."""
     tokens: list[tuple[int, bool]] = []
