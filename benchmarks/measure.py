@@ -135,7 +135,7 @@ class Report:
 
     def __init__(self, title: str, facts: Mapping[str, Any]) -> None:
         told = ", ".join(f"{key} {value}" for key, value in facts.items())
-        self.parts = [f"# {title}\n\n{told}."]
+        self.parts = [f"# {title}\n\nMeasured with: {told}."]
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table and keep it."""

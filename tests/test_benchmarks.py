@@ -1,0 +1,75 @@
+"""The benchmark scripts run, on models so small that nothing they print means anything."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+NAMES = ("bases", "measure", "counting", "step", "lifecycle")
+
+
+@pytest.fixture
+def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Import from benchmarks/ as a script there would, and leave no trace of it."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    for name in NAMES:
+        sys.modules.pop(name, None)
+
+
+def _import(name: str) -> ModuleType:
+    return __import__(name)
+
+
+@pytest.mark.usefixtures("scripts")
+def test_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "step.json"
+    _import("step").main(["--tiny", "--rounds", "1", "--json", str(out)])
+    found = json.loads(out.read_text())
+    printed = capsys.readouterr().out
+    for key in ("llama fp32", "llama bf16", "bert fp32", "bert bf16"):
+        floor, ours = found[key]["floor"], found[key]["our LoRA"]
+        assert floor["gemms"] < ours["gemms"]
+        assert floor["kernels"] < ours["kernels"]
+        assert floor["flops"] < found[key]["full, plain"]["flops"]
+        assert ours["saved"] <= found[key]["peft LoRA"]["saved"]
+        assert key.replace(" ", "-like, ") in printed
+
+
+@pytest.mark.usefixtures("scripts")
+def test_counts_are_those_of_the_operations() -> None:
+    """One linear layer, by hand: two products forward and backward, and what lies between."""
+    counting = _import("counting")
+    weight = torch.zeros(5, 3, requires_grad=True)
+    x = torch.ones(2, 3)
+    counts = counting.count(
+        lambda: torch.relu(x @ weight.T).sum(), lambda loss: loss.backward(), [weight]
+    )
+    assert counts.gemms == 2  # x Wᵀ and the weight's gradient; x needs none
+    assert counts.flops == 2 * (2 * 2 * 3 * 5)
+    assert counts.saved == 4 * (2 * 3 + 2 * 5)  # x and relu's result
+    # relu reads and writes 10 numbers; sum reads 10, writes 1; the ones for the loss are written;
+    # relu's backward reads its result and the (repeated) 1 and writes 10.
+    assert counts.moved >= 4 * (20 + 11 + 1 + 21)
+    assert counts.kernels >= 6
+
+
+@pytest.mark.usefixtures("scripts")
+def test_lifecycle(tmp_path: Path) -> None:
+    out, table = tmp_path / "life.json", tmp_path / "life.md"
+    arguments = ["--tiny", "--rounds", "1", "--counts", "1", "2", "--json", str(out)]
+    _import("lifecycle").main([*arguments, "--markdown", str(table)])
+    found = json.loads(out.read_text())
+    names = ("attach", "save", "load", "load, number 2", "switch, 1 loaded", "merge")
+    for name in names:
+        assert found[name]["ours_over_peft"]["median"] > 0
+        assert f"| {name} |" in table.read_text()
