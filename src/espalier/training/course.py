@@ -33,7 +33,7 @@ def go(at: Material, parts: Recipe | None, name: str, new: list[str] | None = No
     Without `parts` the active adapter goes on training. A dry run stops after one step.
     """
     model, config = at.model, at.config
-    models.to_device(model, at.accelerator.device)
+    models.to_device(model, at.device)
     _check_packing(at)
     randomness.seed_all(config.seed)
     attached = parts is not None
@@ -56,12 +56,13 @@ def go(at: Material, parts: Recipe | None, name: str, new: list[str] | None = No
                 detach(model, name)
             return result
         _check_space(at, loop)
-        randomness.seed_all(config.seed + at.accelerator.process_index)
+        randomness.seed_all(config.seed + at.out.accelerator.process_index)
         loop.run()
         metrics = finish.measure(at, loop)
     model.eval()
-    if at.folder and at.accelerator.is_main_process:
+    if at.out.main_folder:
         finish.keep(at, loop, name, parts, metrics, counted)
+    at.out.accelerator.wait_for_everyone()
     loop.job.record.close()
     return _result(at, loop, metrics, counted)
 
@@ -69,7 +70,7 @@ def go(at: Material, parts: Recipe | None, name: str, new: list[str] | None = No
 def _job(at: Material, number: int, parts: Recipe) -> Job:
     # A base in bf16 computes in bf16 by itself; over an fp32 base autocast does.
     mixed = at.precision == "bf16" and at.model.dtype == torch.float32
-    device = at.accelerator.device.type
+    device = at.device.type
     return Job(
         model=at.model,
         tokenizer=at.tokenizer,
@@ -80,14 +81,14 @@ def _job(at: Material, number: int, parts: Recipe) -> Job:
         config=at.config,
         recipe=parts,
         lr=at.config.lr or parts.learning_rate,
-        accelerator=at.accelerator,
+        accelerator=at.out.accelerator,
         autocast=functools.partial(torch.autocast, device, torch.bfloat16)
         if mixed
         else contextlib.nullcontext,
         precision=at.precision,
-        screen=at.screen,
-        record=Record(at.folder, at.config.tensorboard),
-        folder=at.folder,
+        screen=at.out.screen,
+        record=Record(at.out.main_folder, at.config.tensorboard),
+        folder=at.out.folder,
         threads=number,
     )
 
@@ -96,9 +97,9 @@ def _job(at: Material, number: int, parts: Recipe) -> Job:
 def _threads(at: Material) -> Iterator[int]:
     """The number of CPU threads of the run, set while it lasts."""
     before, number = torch.get_num_threads(), at.config.threads
-    if number == "auto" and at.config.resume and at.folder:
-        number = state.threads_before(at.folder) or "auto"
-    if number == "auto" and at.accelerator.device.type == "cpu" and not at.config.dry_run:
+    if number == "auto" and at.config.resume and at.out.folder:
+        number = state.threads_before(at.out.folder) or "auto"
+    if number == "auto" and at.device.type == "cpu" and not at.config.dry_run:
         tokens = at.config.batch * min(128, at.config.max_length or 128)
         number = threads.probe(models.width(at.model), tokens)
     number = before if number == "auto" else number
@@ -110,12 +111,10 @@ def _threads(at: Material) -> Iterator[int]:
 
 
 def _say_plan(at: Material, loop: Loop, parts: Recipe, counted: Mapping[str, Any]) -> None:
-    if not at.accelerator.is_main_process:
-        at.screen.console.quiet = True
     for line in report.plan(loop, at.data, parts, counted):
-        at.screen.say(line)
+        at.out.screen.say(line)
     if at.encoded.note:
-        at.screen.say(at.encoded.note)
+        at.out.screen.say(at.encoded.note)
 
 
 def _check_packing(at: Material) -> None:
@@ -128,20 +127,20 @@ def _check_packing(at: Material) -> None:
 
 
 def _check_space(at: Material, loop: Loop) -> None:
-    if at.folder:
+    if at.out.folder:
         size = sum(p.numel() * p.element_size() for p in loop.parameters)
         # The adapter, and twice (old and new state) buffers, best buffers and two moments.
-        folders.check_space(at.folder, 9 * size + 2_000_000)
+        folders.check_space(at.out.folder, 9 * size + 2_000_000)
 
 
 def _trial(at: Material, loop: Loop, counted: dict[str, Any]) -> RunResult:
     loss = loop.trial()
-    at.screen.say(
+    at.out.screen.say(
         f"One step on the largest batch: loss {loss:.4f}, "
-        f"{in_words(used(at.accelerator.device))} in use. "
+        f"{in_words(used(at.device))} in use. "
         "Nothing was written; leave dry_run out to train."
     )
-    seconds = time.perf_counter() - at.started
+    seconds = time.perf_counter() - at.out.started
     return RunResult(None, {"train": {"loss": loss}}, {}, [], seconds, counted, 0)
 
 
@@ -151,14 +150,15 @@ def _result(
     metrics: finish.Metrics,
     counted: dict[str, Any],
 ) -> RunResult:
-    seconds = time.perf_counter() - at.started
+    seconds = time.perf_counter() - at.out.started
     best = {"step": float(loop.at.best_step), **loop.at.best} if loop.at.best else {}
     lines = loop.job.record.lines
-    result = RunResult(at.folder, metrics, best, lines, seconds, counted, loop.at.step)
-    if at.folder and at.accelerator.is_main_process:
-        result.write(at.folder)
-        shutil.rmtree(at.folder / "state", ignore_errors=True)
-    report.end(at.screen, result, at.data)
+    result = RunResult(at.out.folder, metrics, best, lines, seconds, counted, loop.at.step)
+    if at.out.main_folder:
+        result.write(at.out.main_folder)
+        shutil.rmtree(at.out.main_folder / "state", ignore_errors=True)
+    if at.out.accelerator.is_main_process:
+        report.end(at.out.screen, result, at.data)
     return result
 
 

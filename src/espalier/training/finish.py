@@ -49,7 +49,7 @@ def _write(at: Material, split: str) -> dict[str, float]:
 
     rows, config = at.data.splits[split][:WRITTEN], at.config
     card = {"extras": {"max_length": config.max_length}}
-    adapted = Adapted(at.folder or Path(), at.model, at.tokenizer, at.data.task, card)
+    adapted = Adapted(at.out.folder or Path(), at.model, at.tokenizer, at.data.task, card)
     how, batch = (
         Writing(max_new_tokens=config.max_new_tokens),
         config.eval_batch or 2 * config.batch,
@@ -71,26 +71,26 @@ def keep(
     Raises:
         CheckpointError: something cannot be written, or what was saved gives other outputs.
     """
-    assert at.folder is not None
-    folder, task, config = at.folder, at.data.task, at.config
+    assert at.out.folder is not None
+    folder, task, config = at.out.folder, at.data.task, at.config
     extras = {**task.extras(at.tokenizer), "max_length": config.max_length}
     if task.name in ("causal", "seq2seq"):
         extras["generation"] = {"max_new_tokens": config.max_new_tokens, "do_sample": False}
     save(at.model, name, folder / "adapter", extras=extras)
     note = _check_reload(at, name)
     if note:
-        at.screen.say(note)
+        at.out.screen.say(note)
     card = write_card(config, parts, task, at.data.splits, metrics, counted, folder)
     folders.write_text(folder / "README.md", card)
     if plot.available():
         plot.draw(loop.job.record.lines, task.best[0], folder / "loss.png")
     else:
-        at.screen.say("No loss.png: matplotlib is missing; pip install 'espalier[report]'.")
+        at.out.screen.say("No loss.png: matplotlib is missing; pip install 'espalier[report]'.")
 
 
 def _check_reload(at: Material, name: str) -> str | None:
     """Load what was saved beside the adapter and compare outputs bit for bit."""
-    assert at.folder is not None
+    assert at.out.folder is not None
     task, other = at.data.task, f"{name} (reloaded)"
     split = "validation" if at.encoded.examples.get("validation") else "train"
     examples = at.encoded.examples[split][: min(8, at.config.batch)]
@@ -98,18 +98,18 @@ def _check_reload(at: Material, name: str) -> str | None:
 
     def outputs(choice: str | None) -> Tensor:
         activate(at.model, choice)
-        return at.model(**inputs(task, batch, at.accelerator.device, at.model.dtype)).logits
+        return at.model(**inputs(task, batch, at.device, at.model.dtype)).logits
 
     with evaluating(at.model):
         trained = outputs(name)
-        load(at.model, at.folder / "adapter", name=other)
+        load(at.model, at.out.folder / "adapter", name=other)
         same = torch.equal(trained, outputs(other))
         detach(at.model, other)
         idle = torch.equal(trained, outputs(None))
         activate(at.model, name)
     if not same:
         raise CheckpointError(
-            f"The adapter saved in {at.folder / 'adapter'} gives other outputs than the one just "
-            "trained. Please report this with the run's config.yaml."
+            f"The adapter saved in {at.out.folder / 'adapter'} gives other outputs than the one "
+            "just trained. Please report this with the run's config.yaml."
         )
     return "The adapter changes no output of the base: it has learned nothing." if idle else None

@@ -13,6 +13,7 @@ from espalier.deltas import Recipe
 from espalier.errors import SettingError
 from espalier.training.config import RunConfig
 from espalier.training.progress import Screen
+from espalier.training.result import RunResult
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,23 +33,49 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Material:
-    """All that a run works on; `started` is when, on `time.perf_counter`'s clock."""
+class Outset:
+    """Where a run begins.
+
+    Attributes:
+        started: When, on `time.perf_counter`'s clock.
+        accelerator: Device and processes.
+        screen: What a person reads; silent in all processes but the main one.
+        folder: The run folder, or None when nothing is to be written.
+        done: The result, when the run to resume is finished already.
+    """
 
     started: float
+    accelerator: Accelerator
+    screen: Screen
+    folder: Path | None
+    done: RunResult | None
+
+    @property
+    def main_folder(self) -> Path | None:
+        """The run folder in the main process, None in others: where files of all are written."""
+        return self.folder if self.accelerator.is_main_process else None
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that a run works on."""
+
     config: RunConfig
     model: Any
     tokenizer: Any
     data: TaskData
     encoded: Encoded
-    accelerator: Accelerator
-    screen: Screen
-    folder: Path | None
+    out: Outset
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.out.accelerator.device
 
     @property
     def precision(self) -> str:
         """fp32 or bf16."""
-        return precision_of(self.config, self.accelerator.device)
+        return precision_of(self.config, self.device)
 
 
 def read_data(

@@ -22,6 +22,7 @@ from espalier.training.course import go
 from espalier.training.logs import quiet
 from espalier.training.prepare import (
     Material,
+    Outset,
     Rows,
     config_in_hand,
     encode,
@@ -49,29 +50,23 @@ def train(config: RunConfig) -> RunResult:
     Raises:
         EspalierError: something cannot be done, as early as it can be known.
     """
-    from accelerate import Accelerator
-
-    start = time.perf_counter()
     parts = recipe(config.method)
     config = config.replace(method=parts.to_json())  # in full, however it was written
-    screen = Screen(config.quiet)
-    folder = None if config.dry_run else folders.choose(config, str(parts))
-    done = _begin(folder, config, screen)
-    if done:
-        return done
+    out = _set_out(config, None if config.dry_run else folders.choose(config, str(parts)))
+    if out.done:
+        return out.done
     with quiet(None):
-        accelerator = Accelerator()
         data = read_data(config)
         tokenizer = models.load_tokenizer(config.model)
         config = fitting(config, models.longest_input(config.model, tokenizer))
         encoded = encode(data, tokenizer, config)
-    with _open(folder, config):
-        half = precision_of(config, accelerator.device) == "bf16" and not parts.trains_base
+    with _folder_open(out, config):
+        precision = precision_of(config, out.accelerator.device)
+        half = precision == "bf16" and not parts.trains_base
         dtype = torch.bfloat16 if half else torch.float32
         randomness.seed_all(config.seed)  # the new head starts the same in every process
         model, new = models.load_model(config.model, data.task, tokenizer, dtype)
-        at = Material(start, config, model, tokenizer, data, encoded, accelerator, screen, folder)
-        return go(at, parts, "default", new)
+        return go(Material(config, model, tokenizer, data, encoded, out), parts, "default", new)
 
 
 def fit(
@@ -100,45 +95,48 @@ def fit(
     Raises:
         EspalierError: something cannot be done, as early as it can be known.
     """
-    from accelerate import Accelerator
-
-    start = time.perf_counter()
     parts = recipe(method) if method is not None else None
     sources = {"train": data, "validation": validation, "test": test}
     config = config_in_hand(model, sources, parts, settings)
-    screen = Screen(config.quiet)
-    folder = None if config.dry_run else config.out
-    done = _begin(folder, config, screen)
-    if done:
-        return done
+    out = _set_out(config, None if config.dry_run else config.out)
+    if out.done:
+        return out.done
     with quiet(None):
-        accelerator = Accelerator()
         read = read_data(config, data, validation, test)
         config = fitting(config, models.limit_of(model.config, tokenizer))
         encoded = encode(read, tokenizer, config)
-    with _open(folder, config):
+    with _folder_open(out, config):
         models.set_padding(model, tokenizer)
-        at = Material(start, config, model, tokenizer, read, encoded, accelerator, screen, folder)
-        return go(at, parts, name)
+        return go(Material(config, model, tokenizer, read, encoded, out), parts, name)
+
+
+def _set_out(config: RunConfig, folder: Path | None) -> Outset:
+    """Checks that need no data; with several processes the main one alone looks at the folder."""
+    start = time.perf_counter()
+    if config.tensorboard:
+        check_tensorboard()
+    with quiet(None):
+        from accelerate import Accelerator
+        from accelerate.utils import broadcast_object_list
+
+        accelerator = Accelerator()
+    if folder and accelerator.is_main_process:
+        folders.check(folder, config)
+    if accelerator.num_processes > 1:
+        folder = broadcast_object_list([folder])[0]
+    screen = Screen(config.quiet or not accelerator.is_main_process)
+    done = None
+    if folder and config.resume and (folder / "result.json").is_file():
+        screen.say(f"The run in {folder} is finished; there is nothing to resume.")
+        done = RunResult.read(folder)
+    return Outset(start, accelerator, screen, folder, done)
 
 
 @contextlib.contextmanager
-def _open(folder: Path | None, config: RunConfig) -> Iterator[None]:
+def _folder_open(out: Outset, config: RunConfig) -> Iterator[None]:
     """The run folder made, and library noise sent to its log."""
-    if folder:
-        folders.create(folder, config)
-    with quiet(folder / "log.txt" if folder else None):
+    if out.main_folder:
+        folders.create(out.main_folder, config)
+    out.accelerator.wait_for_everyone()
+    with quiet(out.main_folder / "log.txt" if out.main_folder else None):
         yield
-
-
-def _begin(folder: Path | None, config: RunConfig, screen: Screen) -> RunResult | None:
-    """Checks that need no data; the result, if the run to resume is finished already."""
-    if config.tensorboard:
-        check_tensorboard()
-    if folder is None:
-        return None
-    folders.check(folder, config)
-    if config.resume and (folder / "result.json").is_file():
-        screen.say(f"The run in {folder} is finished; there is nothing to resume.")
-        return RunResult.read(folder)
-    return None
