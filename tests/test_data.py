@@ -597,6 +597,16 @@ def test_the_check_counts_cut_answers_and_rows_without_target():
     assert found.without_target == ["train:row 1"]
 
 
+def test_the_check_tokenises_a_sample_of_large_data(monkeypatch):
+    monkeypatch.setattr("espalier.data.checking.SAMPLE", 6)
+    report = check(read_task(ROWS, validation_share=0), tiny_text.word_pieces())
+    assert (report.splits["train"].rows, report.splits["train"].tokenised) == (20, 6)
+    console = Console(width=100)
+    with console.capture() as got:
+        console.print(report)
+    assert "a sample" in got.get()
+
+
 def test_the_check_needs_no_tokenizer_and_prints_what_the_loss_sees():
     data = read_task([{"prompt": "Name a colour:", "completion": " Blue"}], validation_share=0)
     console = Console(width=100, record=True, force_terminal=True, color_system="standard")

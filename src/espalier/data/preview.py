@@ -49,6 +49,8 @@ def _rows_table(report: Report) -> Table:
     table.add_row("rows", *(f"{s.rows:,}" for s in splits))
     table.add_row("characters: median · 95 % · longest", *(_lengths(s.chars) for s in splits))
     if any(s.tokenised for s in splits):
+        if any(s.tokenised < s.rows for s in splits):
+            table.add_row("rows tokenised, a sample", *(f"{s.tokenised:,}" for s in splits))
         table.add_row("tokens: median · 95 % · longest", *(_lengths(s.tokens) for s in splits))
         table.add_row("rows truncated", *(_percent(s.truncated) for s in splits))
         table.add_row("answers cut", *(_percent(s.answers_cut) for s in splits))
