@@ -14,7 +14,7 @@ import json
 import os
 import platform
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,9 @@ import torch
 
 from espalier.base import RECIPE, WEIGHTS, file_sha256
 from espalier.base.progress import Progress
+from espalier.base.shape import Shape, make_model
 from espalier.base.text import Document, source_documents
-from espalier.base.tokenizer import END_ID, PAD_ID, save_tokenizer, train_tokenizer
+from espalier.base.tokenizer import END_ID, save_tokenizer, train_tokenizer
 from espalier.base.train import TrainSettings, bits_per_character, train
 from espalier.errors import CheckpointError, SettingError
 
@@ -35,41 +36,6 @@ if TYPE_CHECKING:
 CHECKPOINT = "checkpoint.safetensors"
 PLAN = "plan.json"
 TIMING_STEPS = 25
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Size of the decoder; the defaults are the shipped one."""
-
-    vocab: int = 2048
-    hidden: int = 160
-    layers: int = 6
-    heads: int = 5
-    inner: int = 416
-    positions: int = 256
-
-
-def make_model(shape: Shape, seed: int) -> LlamaForCausalLM:
-    """Return a freshly initialised decoder in fp32."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.inner,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
-        max_position_embeddings=shape.positions,
-        attention_bias=True,
-        mlp_bias=True,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=END_ID,
-        pad_token_id=PAD_ID,
-    )
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(config)
 
 
 def encode(tokenizer: Tokenizer, documents: list[Document]) -> Tensor:
@@ -135,7 +101,7 @@ def finish(work: Path, model: LlamaForCausalLM, heldout: Tensor, characters: int
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model.to(torch.bfloat16).save_pretrained(work)
+    model.bfloat16().save_pretrained(work)
     (work / WEIGHTS).chmod(0o644)
     written = LlamaForCausalLM.from_pretrained(work, dtype=torch.float32, local_files_only=True)
     block = int(model.config.max_position_embeddings)
@@ -148,7 +114,6 @@ def build_base(
     seed: int = 0,
     threads: int = 1,
     steps: int | None = None,
-    horizon: int = 0,
     shape: Shape | None = None,
     settings: TrainSettings | None = None,
     source: Path | None = None,
@@ -161,7 +126,6 @@ def build_base(
         seed: Seed of the weights and of the order of the text.
         threads: CPU threads; the shipped decoder was built with one.
         steps: Fixed number of steps, in place of `minutes`.
-        horizon: Length in steps of the cosine, if longer than the build.
         shape: Size of the decoder.
         settings: Other optimizer settings; what the arguments above set is replaced.
         source: Folder of Python source to read in place of the standard library.
@@ -179,43 +143,53 @@ def build_base(
         raise SettingError("minutes, threads and steps must be positive")
     torch.set_num_threads(threads)
     shape = shape or Shape()
-    settings = settings or TrainSettings(steps=0)
-    settings = replace(settings, seed=seed, block=shape.positions, horizon=horizon)
+    settings = replace(settings or TrainSettings(steps=0), seed=seed, block=shape.positions)
     work = out.with_name(out.name + ".partial")
     work.mkdir(parents=True, exist_ok=True)
+    settings = make_plan(work, minutes, steps, shape, settings)
+    recipe = train_both(work, shape, settings, source) | {"threads": threads} | versions()
+    recipe["model_sha256"] = file_sha256(work / WEIGHTS)
+    publish(work, out, recipe)
+    return recipe
+
+
+def train_both(
+    work: Path, shape: Shape, settings: TrainSettings, source: Path | None
+) -> dict[str, Any]:
+    """Train tokenizer and model and write them into `work`; return text, settings and result."""
     documents, held = source_documents("pretrain", source), source_documents("heldout", source)
     tokenizer = train_tokenizer((document.text for document in documents), shape.vocab)
     save_tokenizer(tokenizer, work, shape.positions)
-    settings = make_plan(work, minutes, steps, shape, settings)
+    modules = sorted({document.module for document in held})
     recipe: dict[str, Any] = {
         "what": "Espalier's own base decoder, trained on Python's standard library source",
         "shape": asdict(shape),
         "settings": asdict(settings),
         "pretrain": corpus_facts(documents),
-        "heldout": corpus_facts(held) | {"modules": sorted({document.module for document in held})},
+        "heldout": corpus_facts(held) | {"modules": modules},
     }
     key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
-    model, ids = make_model(shape, seed), encode(tokenizer, documents)
+    model, ids = make_model(shape, settings.seed), encode(tokenizer, documents)
     with Progress(settings, len(ids)) as progress:
         train(model, ids, settings, work / CHECKPOINT, key, progress.step)
     characters = sum(len(document.text) for document in held)
     bits = finish(work, model, encode(tokenizer, held), characters)
-    recipe |= {
-        "threads": threads,
+    return recipe | {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "corpus_tokens": len(ids),
         "trained_tokens": settings.steps * settings.batch * settings.block,
         "heldout_bits_per_character": round(bits, 4),
-        **versions(),
-        "model_sha256": file_sha256(work / WEIGHTS),
     }
+
+
+def publish(work: Path, out: Path, recipe: dict[str, Any]) -> None:
+    """Add the recipe, remove what only an unfinished build needs, and rename to `out`."""
     write_json(work / RECIPE, recipe)
     for name in (CHECKPOINT, PLAN):
         (work / name).unlink(missing_ok=True)
     if out.exists():
         out.rmdir()
     os.replace(work, out)
-    return recipe
 
 
 def versions() -> dict[str, str]:
@@ -237,7 +211,6 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=70)
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--horizon", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()

@@ -21,11 +21,10 @@ from espalier.errors import DataError
 Row = dict[str, str]
 SPLITS = ("test", "validation", "train")
 # Dependencies of Espalier's own dependencies; no copies of standard library code among them.
-PACKAGES = tuple(
-    "accelerate anyio click datasets dateutil dill filelock fsspec huggingface_hub jinja2 joblib "
-    "mpmath networkx numpy packaging pandas psutil pyarrow pydantic pygments regex rich "
-    "safetensors scipy sklearn sympy tokenizers torch tqdm transformers typer yaml".split()
-)
+_NAMES = """accelerate anyio click datasets dateutil dill filelock fsspec huggingface_hub jinja2
+joblib mpmath networkx numpy packaging pandas psutil pyarrow pydantic pygments regex rich
+safetensors scipy sklearn sympy tokenizers torch tqdm transformers typer yaml"""
+PACKAGES = tuple(_NAMES.split())
 MAX_FILES = 80
 WORDS = range(3, 21)
 MAX_PROMPT = 160

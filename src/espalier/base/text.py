@@ -19,10 +19,9 @@ from espalier.errors import DataError
 HELD_OUT_PERCENT = 15
 MAX_FILE_BYTES = 300_000
 # Tests, demonstrations, generated tables and files that describe one machine's build.
-SKIPPED_FOLDERS = frozenset(
-    "__pycache__ config encodings idlelib lib-dynload msilib pydoc_data site-packages test tests "
-    "turtledemo".split()
-)
+_SKIPPED = """__pycache__ config encodings idlelib lib-dynload msilib pydoc_data site-packages
+test tests turtledemo"""
+SKIPPED_FOLDERS = frozenset(_SKIPPED.split())
 SKIPPED_FILES = ("_sysconfigdata", "html/entities.py", "stringprep.py", "this.py")
 
 

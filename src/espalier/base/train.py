@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from espalier.errors import CheckpointError
+from espalier.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -30,14 +30,9 @@ Report = Callable[[int, float, float], None]
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What the optimizer does; `steps` is fixed before the first step.
-
-    The cosine is `horizon` steps long. A build that has to end earlier (fewer `steps`) leaves it
-    with a linear cooldown over its last fifth.
-    """
+    """What the optimizer does; `steps` is fixed before the first step."""
 
     steps: int
-    horizon: int = 0
     batch: int = 8
     block: int = 256
     lr: float = 3e-3
@@ -51,16 +46,12 @@ class TrainSettings:
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
-    """Return the rate of a step: linear warmup, cosine to `lr_end`, cooldown if cut short."""
-    horizon = max(settings.horizon, settings.steps)
+    """Return the rate of a step: linear warmup, then a cosine down to `lr_end`."""
     warmup = min(settings.warmup, max(1, settings.steps // 10))
     if step < warmup:
         return settings.lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, horizon - warmup)
-    share = (1 + math.cos(math.pi * done)) / 2
-    if horizon > settings.steps:
-        share *= min(1.0, (settings.steps - step) / (settings.steps / 5))
-    return settings.lr_end + (settings.lr - settings.lr_end) * share
+    done = (step - warmup) / max(1, settings.steps - warmup)
+    return settings.lr_end + (settings.lr - settings.lr_end) * (1 + math.cos(math.pi * done)) / 2
 
 
 class Blocks:
@@ -72,7 +63,7 @@ class Blocks:
         self.count = (len(ids) - settings.block) // settings.block
         self.per_epoch = self.count // settings.batch
         if self.per_epoch < 1:
-            raise CheckpointError(f"{len(ids)} tokens are too few for one batch of blocks")
+            raise DataError(f"{len(ids)} tokens are too few for one batch of blocks")
         self._epoch, self._order, self._offset = -1, torch.empty(0, dtype=torch.long), 0
 
     def batch(self, step: int) -> Tensor:

@@ -77,7 +77,8 @@ LEFT_OUT = (
 
 def area_map() -> dict[str, str]:
     """Return the area of every name of the map; an empty one for what is left out."""
-    areas = dict.fromkeys(LEFT_OUT.split(), "")
+    areas: dict[str, str] = {}
+    areas.update(dict.fromkeys(LEFT_OUT.split(), ""))
     for table in (STDLIB, PACKAGES):
         for area, names in table.items():
             areas.update(dict.fromkeys(names.split(), area))
