@@ -211,7 +211,7 @@ def test_a_bad_row_is_named(row, message, tmp_path):
         ("a.txt", b"\n\n", "holds no rows"),
         (
             "a.jsonl",
-            b'{"text": "a"}\n{"text": "caf\xe9"}\n',
+            b'{"text": "a"}\n{"text": "t\xe9"}\n',
             r"a\.jsonl:2: not UTF-8 \(byte 0xe9\)",
         ),
         ("a.csv", "text,label\n".encode("utf-16"), "UTF-16"),
@@ -292,7 +292,7 @@ def test_rows_that_teach_nothing_are_refused(rows, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"task": "clasification"}, "did you mean 'classification'"),
+        ({"task": "classify"}, "did you mean 'classification'"),
         ({"limit": 0}, "limit=0"),
         ({"validation_share": 1.0}, "validation_share=1.0"),
         ({"system": "Be brief."}, "for conversations"),
