@@ -108,6 +108,14 @@ def finish(work: Path, model: LlamaForCausalLM, heldout: Tensor, characters: int
     return bits_per_character(written, heldout, characters, block)
 
 
+def check_request(out: Path, minutes: float, threads: int, steps: int | None) -> None:
+    """Refuse, before any work, what could not be finished."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise SettingError(f"{out} already exists and is not an empty folder")
+    if minutes <= 0 or threads < 1 or (steps is not None and steps < 1):
+        raise SettingError("minutes, threads and steps must be positive")
+
+
 def build_base(
     out: Path,
     minutes: float = 70,
@@ -137,10 +145,7 @@ def build_base(
         SettingError: If `out` is not empty or a number makes no sense.
         CheckpointError: If `<out>.partial` belongs to a different build.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise SettingError(f"{out} already exists and is not an empty folder")
-    if minutes <= 0 or threads < 1 or (steps is not None and steps < 1):
-        raise SettingError("minutes, threads and steps must be positive")
+    check_request(out, minutes, threads, steps)
     torch.set_num_threads(threads)
     shape = shape or Shape()
     settings = replace(settings or TrainSettings(steps=0), seed=seed, block=shape.positions)
