@@ -17,7 +17,7 @@ import torch
 from espalier.checkpoint import load, read_card
 from espalier.errors import CheckpointError, SettingError
 from espalier.training.evaluate import evaluating, inputs
-from espalier.training.models import load_model, load_tokenizer, to_device
+from espalier.training.models import limit_of, load_model, load_tokenizer, to_device
 
 if TYPE_CHECKING:
     from espalier.tasks import Row, Task
@@ -237,9 +237,15 @@ def stream(at: Adapted, request: Any, how: Writing, show: Callable[[str], object
 
 
 def _prompt(at: Adapted, request: Any, how: Writing) -> list[int]:
-    """Token ids to go on from, short enough to leave room for the answer."""
-    limit = at.max_length
-    room = None if limit is None else max(2, limit - how.max_new_tokens)
+    """Token ids to go on from; a decoder's leave room for the answer, but keep half of the space.
+
+    The bound is the model's, not that of training: a conversation may grow longer than those that
+    it was trained on.
+    """
+    if at.task.name != "causal":
+        return at.task.prompt(request, at.tokenizer, at.max_length)
+    limit = limit_of(at.model.config, at.tokenizer)
+    room = None if limit is None else max(limit - how.max_new_tokens, limit // 2)
     return at.task.prompt(request, at.tokenizer, room)
 
 
@@ -256,13 +262,16 @@ def _generate(
         space = [value] * (width - len(ids))
         return [*space, *ids] if before else [*ids, *space]
 
+    limit = limit_of(at.model.config, at.tokenizer) if before else None
+    if limit is not None:
+        how = dataclasses.replace(how, max_new_tokens=min(how.max_new_tokens, limit - width))
     ids = torch.tensor([padded(p, fill) for p in prompts], device=at.device)
     mask = torch.tensor([padded([1] * len(p), 0) for p in prompts], device=at.device)
     out = at.model.generate(
         input_ids=ids,
         attention_mask=mask,
         pad_token_id=fill,
-        eos_token_id=at.task.stop_ids(at.tokenizer),  # type: ignore[attr-defined]
+        eos_token_id=at.task.stop_ids(at.tokenizer),
         streamer=streamer,
         **how.for_generate(),
     )

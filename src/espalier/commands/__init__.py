@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "build-base": (_HAND_ON, "Build the quickstart's decoder again, from Python's own source."),
 }
 
+_HELP = "Adapt pretrained models with small trained parts: train, compare, use, hand on."
 _EPILOG = """Start here:  espalier quickstart
 
 One command in detail, with an example:  espalier train --help"""
@@ -55,7 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _app(named: str) -> typer.Typer:
     """The application, with the code of the command `named` and one line for every other."""
     app = typer.Typer(
-        help="Adapt pretrained models with small trained parts: train, compare, use, hand on.",
         epilog=_EPILOG,
         add_completion=False,
         no_args_is_help=True,
@@ -63,11 +63,11 @@ def _app(named: str) -> typer.Typer:
         rich_markup_mode="rich",
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.callback()(_options)
+    app.callback(help=_HELP)(_options)
     for name, (panel, line) in COMMANDS.items():
-        known: dict[str, Any] = {"help": line, "rich_help_panel": panel}
+        known: dict[str, Any] = {"rich_help_panel": panel}
         if name != named:
-            app.command(name, **known)(_elsewhere)
+            app.command(name, help=line, **known)(_elsewhere)
             continue
         module = importlib.import_module(f"espalier.commands.{name.replace('-', '_')}")
         group = getattr(module, "app", None)
@@ -79,15 +79,28 @@ def _app(named: str) -> typer.Typer:
     return app
 
 
-def _options(
-    version: bool = typer.Option(False, "--version", help="Print the version and stop."),
-    debug: bool = typer.Option(False, "--debug", help="Show tracebacks and what libraries said."),
-) -> None:
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         import espalier
 
         typer.echo(f"espalier {espalier.__version__}")
         raise typer.Exit
+
+
+def _options(
+    version: bool = typer.Option(
+        False,
+        "--version",
+        callback=_print_version,
+        is_eager=True,
+        metavar="",
+        help="Print the version and stop.",
+    ),
+    debug: bool = typer.Option(
+        False, "--debug", metavar="", help="Show tracebacks and what libraries said."
+    ),
+) -> None:
+    """Options of all commands; `--debug` is taken out of the words before they get here."""
 
 
 def _elsewhere() -> None:

@@ -20,6 +20,7 @@ from espalier.errors import SettingError, nearest
 if TYPE_CHECKING:
     from espalier.deltas import Method
 
+_WIDE = 24  # longer lists of choices stand in the help's text, not in its column
 # The field with which each panel of the help begins.
 _PANELS = {
     "model": "Model and data",
@@ -54,13 +55,15 @@ def with_run_flags(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _option(name: str, kind: Any, text: str, default: Any, panel: str) -> inspect.Parameter:
-    told = "" if default is None else f" [{str(default).lower()}]"
     switch = kind is bool
+    told = f" [{default}]" if default not in (None, "") else ""
     names = f"{flag(name)}/--no-{name.replace('_', '-')}" if switch else flag(name)
+    words = [part for part in _members(kind) if isinstance(part, str)]
+    choices = f" One of {', '.join(words)}." if words and _metavar(kind) == "NAME" else ""
     option = typer.Option(
         names,
-        help=(text + ("" if switch else told)).replace("[", "\\["),
-        metavar=None if switch else _metavar(kind),
+        help=(text + choices + ("" if switch else told)).replace("[", "\\["),
+        metavar="" if switch else _metavar(kind),
         show_default=False,
         rich_help_panel=panel,
     )
@@ -72,17 +75,12 @@ def _option(name: str, kind: Any, text: str, default: Any, panel: str) -> inspec
 
 def _metavar(kind: Any) -> str:
     """What stands for a value in the help: its choices, or the sort of thing it is."""
-    words, inner = [], set()
-    for part in _members(kind):
-        if isinstance(part, str):
-            words.append(part)
-        else:
-            inner.add(part)
-    for known, word in ((int, "N"), (float, "X"), (dict, "A=B,..."), (str, "TEXT")):
-        if known in inner:
-            words.append(word)
-            break
-    return "|".join(words) or "PATH"
+    parts = list(_members(kind))
+    words = [part for part in parts if isinstance(part, str)]
+    sorts = ((str, "TEXT"), (int, "N"), (float, "X"), (dict, "A=B,..."))
+    words += [word for sort, word in sorts if sort in parts][:1]
+    text = "|".join(words) or "PATH"
+    return text if len(text) <= _WIDE else "NAME"
 
 
 def _members(kind: Any) -> Iterable[Any]:

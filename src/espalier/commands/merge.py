@@ -89,13 +89,13 @@ def _logits(model: Any, ids: dict[str, Tensor]) -> Tensor:
 def _write(at: Adapted, folder: Path) -> None:
     """The merged model, its tokenizer with the template of training, and its stop tokens."""
     import espalier as esp
+    from espalier.generation import writes
 
     esp.merge(at.model, "adapter", unload=True, untie=True)
     if at.extras.get("chat_template"):
         at.tokenizer.chat_template = at.extras["chat_template"]
-    stops = getattr(at.task, "stop_ids", None)
-    if stops is not None:
-        at.model.generation_config.eos_token_id = stops(at.tokenizer)
+    if writes(at.task):
+        at.model.generation_config.eos_token_id = at.task.stop_ids(at.tokenizer)
     for name in ("temperature", "top_p", "top_k"):
         # transformers refuses to save sampling settings of a base that decodes greedily.
         if at.model.can_generate() and not at.model.generation_config.do_sample:

@@ -37,8 +37,8 @@ def command(
 ) -> None:
     """Adapt a model to your data.
 
-    A method's own settings are flags too: --method lora --rank 16 --sites "attention.q,
-    attention.v". `espalier train --method lora --print-config` shows which there are.
+    A method's own settings are flags too: --method lora --rank 16 --sites "ffn".
+    `espalier train --method lora --print-config` shows which there are.
     """
     if print_config:
         say(described(settings.get("method") or "LoRA()"))
