@@ -184,4 +184,7 @@ def test_a_method_without_a_form_there_is_refused(tmp_path: Path) -> None:
     esp.attach(model, "FullTuning()", "mine")
     with pytest.raises(CheckpointError, match="LoRA format keeps low-rank changes"):
         esp.save(model, "mine", tmp_path, format="peft")
+    esp.attach(model, "HeadOnly()", "head")
+    with pytest.raises(CheckpointError, match="this adapter has none"):
+        esp.save(model, "head", tmp_path, format="peft")
     assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,8 @@ silently loads a different model.
 from __future__ import annotations
 
 import json
+import re
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +26,7 @@ from espalier.adapter import Adapter
 from espalier.container import Container
 from espalier.deltas import Delta, Recipe, base_modules
 from espalier.errors import CheckpointError, SiteError
-from espalier.graft import Graft, find, prepare
+from espalier.graft import Graft, prepare
 from espalier.methods.lora import LoRA
 from espalier.places import Site, Sites, sites
 from espalier.plain import LowRank, LowRankConv, LowRankEmbedding
@@ -61,6 +63,7 @@ class Low:
     a: Tensor
     b: Tensor
     scale: float
+    table: bool  # on an embedding, where peft names the tensors otherwise
 
     @property
     def rank(self) -> int:
@@ -74,7 +77,6 @@ def write_peft(model: nn.Module, adapter: Adapter, folder: Path) -> None:
     Raises:
         CheckpointError: peft has no form for one of the deltas, or the folder cannot be written.
     """
-    places = {(site.path, site.role): site for site in find(model).places}
     lows: dict[str, list[Low]] = {}
     whole: dict[str, Tensor] = {}
     for delta in adapter.deltas:
@@ -84,12 +86,15 @@ def write_peft(model: nn.Module, adapter: Adapter, folder: Path) -> None:
         else:
             lows.setdefault(path, []).append(_low(delta))
     saved, biases = _sort_whole(adapter, whole, lows)
+    if not lows:
+        raise CheckpointError(
+            "peft's LoRA format keeps low-rank changes; this adapter has none. Save it in "
+            "Espalier's own format, or merge it into the base"
+        )
     tensors: dict[str, Tensor] = {}
     entries = {path: _joined(parts) for path, parts in lows.items()}
     for path, low in entries.items():
-        table = any(k == (path, "embedding") or (k[0] == path and s.kind == "embedding")
-                    for k, s in places.items())  # fmt: skip
-        word = "lora_embedding_%s" if table else "lora_%s.weight"
+        word = "lora_embedding_%s" if low.table else "lora_%s.weight"
         tensors[f"{PREFIX}{path}.{word % 'A'}"] = low.a
         tensors[f"{PREFIX}{path}.{word % 'B'}"] = low.b
     for name, value in whole.items():
@@ -114,7 +119,7 @@ def _low(delta: Delta) -> Low:
     rows = delta.site.rows
     if rows is not None:
         b = place(b.new_zeros(b.shape[1], rows.groups * rows.width), rows, b.T).T
-    return Low(a, b, delta.scale)
+    return Low(a, b, delta.scale, isinstance(delta, LowRankEmbedding))
 
 
 def _joined(parts: list[Low]) -> Low:
@@ -122,7 +127,8 @@ def _joined(parts: list[Low]) -> Low:
     if len(parts) == 1:
         return parts[0]
     a = torch.cat([low.a for low in parts])
-    return Low(a, torch.cat([low.b * low.scale for low in parts], dim=1), 1.0)
+    b = torch.cat([low.b * low.scale for low in parts], dim=1)
+    return Low(a, b, 1.0, parts[0].table)
 
 
 def _sort_whole(
@@ -143,17 +149,15 @@ def _sort_whole(
 def _config(
     model: nn.Module, adapter: Adapter, entries: Mapping[str, Low], saved: list[str], bias: str
 ) -> dict[str, Any]:
-    ranks = [low.rank for low in entries.values()]
-    alphas = {path: low.scale * low.rank for path, low in entries.items()}
-    rank = max(set(ranks), key=ranks.count, default=8)
-    alpha = max(set(alphas.values()), key=list(alphas.values()).count, default=8)
+    loras = [m for m in adapter.recipe.methods if isinstance(m, LoRA)]
+    rslora = all(m.rslora for m in loras)  # peft then divides by the root of the rank
+    ranks = {path: low.rank for path, low in entries.items()}
+    alphas = {
+        path: low.scale * (low.rank**0.5 if rslora else low.rank) for path, low in entries.items()
+    }
+    rank, alpha = (statistics.mode(values.values()) for values in (ranks, alphas))
     config = getattr(model, "config", None)
     name = type(model).__name__
-    first = next((m for m in adapter.recipe.methods if isinstance(m, LoRA)), LoRA())
-    rslora = first.rslora and all(isinstance(m, LoRA) and m.rslora for m in adapter.recipe.methods)
-    if rslora:  # peft divides by the root of the rank
-        alphas = {path: low.scale * low.rank**0.5 for path, low in entries.items()}
-        alpha = max(set(alphas.values()), key=list(alphas.values()).count, default=8)
     modules = base_modules(model)
     return {
         "alpha_pattern": {path: a for path, a in alphas.items() if a != alpha},
@@ -163,11 +167,11 @@ def _config(
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": alpha,
-        "lora_dropout": first.dropout,
+        "lora_dropout": loras[0].dropout,
         "modules_to_save": saved or None,
         "peft_type": "LORA",
         "r": rank,
-        "rank_pattern": {path: low.rank for path, low in entries.items() if low.rank != rank},
+        "rank_pattern": {path: r for path, r in ranks.items() if r != rank},
         "target_modules": sorted(entries),
         "task_type": next((task for end, task in TASKS.items() if name.endswith(end)), None),
         "use_dora": False,
@@ -313,8 +317,6 @@ def _recipe(places: Sites, foreign: Foreign, bias: str) -> Recipe:
 
 def _pattern(config: Mapping[str, Any], pattern: str, path: str, default: str) -> float:
     """Peft's value for a path: its pattern's whose key ends the path, else the default."""
-    import re
-
     for key, value in (config.get(pattern) or {}).items():
         if re.fullmatch(rf"(.*\.)?({key})", path):
             return float(value)
