@@ -219,6 +219,7 @@ def test_a_loss_that_is_no_number_stops_the_run() -> None:
     assert "row" in text
     assert "word_embeddings" in text
     assert "float32" in text
+    assert not any(key.startswith("espalier") for key in model.state_dict())
 
 
 def test_a_site_without_gradient_is_named() -> None:

@@ -26,21 +26,33 @@ from espalier.training.prepare import Material
 from espalier.training.record import Record
 from espalier.training.result import RunResult
 
+_LONG = 500  # examples to train on
+
 
 def go(at: Material, parts: Recipe | None, name: str, new: list[str] | None = None) -> RunResult:
     """Attach, train, evaluate, save; `new` are the modules that no checkpoint filled.
 
-    Without `parts` the active adapter goes on training. A dry run stops after one step.
+    Without `parts` the active adapter goes on training. A dry run stops after one step. An adapter
+    whose training failed is taken out again, so that the next try finds its name free.
     """
-    model, config = at.model, at.config
-    models.to_device(model, at.device)
+    models.to_device(at.model, at.device)
     _check_packing(at)
-    randomness.seed_all(config.seed)
-    attached = parts is not None
-    if parts is not None:
-        attach(model, parts, name, head=_head(config, new))
-    else:
-        name, parts = _active_one(model)
+    randomness.seed_all(at.config.seed)
+    if parts is None:
+        return _train(at, *_active_one(at.model))
+    attach(at.model, parts, name, head=_head(at.config, new))
+    try:
+        result = _train(at, name, parts)
+    except Exception:
+        detach(at.model, name)
+        raise
+    if at.config.dry_run:
+        detach(at.model, name)
+    return result
+
+
+def _train(at: Material, name: str, parts: Recipe) -> RunResult:
+    model, config = at.model, at.config
     counted = dataclasses.asdict(account(model, name))
     longest = max(len(example["input_ids"]) for example in at.encoded.examples["train"])
     with (
@@ -51,10 +63,7 @@ def go(at: Material, parts: Recipe | None, name: str, new: list[str] | None = No
         loop = Loop(_job(at, number, parts))
         _say_plan(at, loop, parts, counted)
         if config.dry_run:
-            result = _trial(at, loop, counted)
-            if attached:
-                detach(model, name)
-            return result
+            return _trial(at, loop, counted)
         _check_space(at, loop)
         randomness.seed_all(config.seed + at.out.accelerator.process_index)
         loop.run()
@@ -99,7 +108,7 @@ def _threads(at: Material) -> Iterator[int]:
     before, number = torch.get_num_threads(), at.config.threads
     if number == "auto" and at.config.resume and at.out.folder:
         number = state.threads_before(at.out.folder) or "auto"
-    if number == "auto" and at.device.type == "cpu" and not at.config.dry_run:
+    if number == "auto" and _is_long(at):
         tokens = at.config.batch * min(128, at.config.max_length or 128)
         number = threads.probe(models.width(at.model), tokens)
     number = before if number == "auto" else number
@@ -108,6 +117,14 @@ def _threads(at: Material) -> Iterator[int]:
         yield number
     finally:
         torch.set_num_threads(before)
+
+
+def _is_long(at: Material) -> bool:
+    """Whether a second for probing threads is well spent."""
+    config, rows = at.config, len(at.encoded.examples["train"])
+    steps = (config.steps or 0) * config.batch * config.accumulate
+    examples = steps or rows * config.epochs
+    return at.device.type == "cpu" and not config.dry_run and examples >= _LONG
 
 
 def _say_plan(at: Material, loop: Loop, parts: Recipe, counted: Mapping[str, Any]) -> None:
