@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def adapt(model: nn.Module, name: str = "default", recipe: str = METHOD) -> nn.M
     return model
 
 
-def step(model: nn.Module, own: nn.Module, data: dict[str, Tensor]) -> list[Tensor]:
+def step(model: Callable[..., Any], own: nn.Module, data: dict[str, Tensor]) -> list[Tensor]:
     """Logits, then the gradients of what trains in `own`, which `model` runs."""
     for p in esp.parameters(own):
         p.grad = None
@@ -171,7 +172,7 @@ def test_bf16_base(family: Family) -> None:
     assert losses[-1] < losses[0]
 
 
-def _train(model: nn.Module, own: nn.Module, data: dict[str, Tensor]) -> dict[str, Tensor]:
+def _train(model: Callable[..., Any], own: nn.Module, data: dict[str, Tensor]) -> dict[str, Tensor]:
     optimiser = torch.optim.SGD(esp.parameters(own), lr=0.1)
     for _ in range(3):
         step(model, own, data)
