@@ -122,6 +122,7 @@ def train_apart(name: str, settings: Mapping[str, Any], screen: Console) -> Meas
         child.wait()
         raise
     finally:
+        child.stdout.close()
         config.unlink(missing_ok=True)
     if child.returncode:
         raise TrainingError(f"{name}: " + _reason(said))

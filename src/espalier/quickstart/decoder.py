@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from espalier.quickstart.apart import Measured, free_folder, train_apart
+from espalier.quickstart.bits import docstring_bits, held_out_source, source_bits, writing_speed
 from espalier.quickstart.encoder import write_rows
 from espalier.quickstart.report import decoder_readme, decoder_tables, loss_of
 from espalier.training.folders import write_text
@@ -21,12 +21,9 @@ from espalier.training.folders import write_text
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from espalier.generation import Adapted
-
 Rows = dict[str, list[dict[str, str]]]
 METHOD = "LoRA(rank=16, alpha=32)"
 LR = 2e-3  # the base is small: its best rate is above the default
-CONTEXT = 256  # tokens that the base reads at most
 SHOWN = 4  # samples before and after
 
 
@@ -151,10 +148,8 @@ def _compare(folder: Path, run: Measured, rows: Rows, size: Size) -> Adaptation:
         for active in (None, "adapter"):
             esp.activate(at.model, active)
             bits.append((docstring_bits(at, rows["test"]), source_bits(at, source)))
-            start = time.perf_counter()
-            answers.append(write(at, asked, how, batch=1))
-            spent = time.perf_counter() - start
-    tokens = sum(len(at.tokenizer(text)["input_ids"]) for text in answers[1])
+            answers.append(write(at, asked, how))
+        speed = writing_speed(at, asked[0]["prompt"])
     samples = [
         Sample(row["prompt"], row["completion"], _line(before), _line(after))
         for row, before, after in zip(asked, *answers, strict=True)
@@ -167,49 +162,13 @@ def _compare(folder: Path, run: Measured, rows: Rows, size: Size) -> Adaptation:
         (bits[0][1], bits[1][1]),
         len(source),
         samples,
-        tokens / spent,
+        speed,
     )
 
 
 def _line(text: str) -> str:
     """What a docstring's first line would be: up to its end, on one line."""
     return " ".join(text.split('"""')[0].split())
-
-
-def docstring_bits(at: Adapted, rows: list[dict[str, str]]) -> float:
-    """Bits per character of docstrings, given their signatures."""
-    return _bits(at, at.task, rows)
-
-
-def source_bits(at: Adapted, text: str) -> float:
-    """Bits per character of source code."""
-    from espalier.tasks import Causal
-
-    return _bits(at, Causal({"text": "text"}), [{"text": text}])
-
-
-def _bits(at: Adapted, task: Any, rows: list[dict[str, str]]) -> float:
-    from accelerate import Accelerator
-
-    from espalier.tasks import Row
-    from espalier.training.evaluate import evaluate
-
-    read = [task.read(Row(row, f"row {i}")) for i, row in enumerate(rows, 1)]
-    examples = task.encode(read, at.tokenizer, CONTEXT)
-    return evaluate(at.model, task, at.tokenizer, examples, 16, Accelerator())["bits_per_character"]
-
-
-def held_out_source(chars: int) -> str:
-    """Source code of modules that the base never read: a piece of each, `chars` together."""
-    from espalier.base.text import source_documents
-
-    documents = source_documents("heldout")
-    each = max(400, chars // len(documents))
-    pieces = []
-    for document in documents:
-        start = document.text.find("\n", max(0, (len(document.text) - each) // 2)) + 1
-        pieces.append(document.text[start : start + each])
-    return "\n".join(pieces)[:chars]
 
 
 def _write_down(found: Adaptation) -> None:

@@ -24,22 +24,24 @@ if TYPE_CHECKING:
 METHODS = (("head only", "HeadOnly()"), ("LoRA", "LoRA(rank=8)"), ("full tuning", "FullTuning()"))
 Rows = dict[str, list[dict[str, str]]]
 
-PER_CLASS = 200  # rows of one subject, over all splits
-TEST_ROWS, VALIDATION_ROWS = 400, 100
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much the quickstart does: enough to show something within 4 minutes on 2 cores."""
+    """How much the quickstart does: enough to show something within 4 minutes on 2 cores.
+
+    Rows are most of each split; `per_class` bounds the rows read of one subject, over all splits.
+    """
 
     rows: int = 640
-    test: int = TEST_ROWS
-    validation: int = VALIDATION_ROWS
+    test: int = 400
+    validation: int = 100
+    per_class: int = 200
     epochs: float = 2
     max_length: int = 64
 
 
-QUICK = Size(rows=32, test=20, validation=10, epochs=1, max_length=32)
+QUICK = Size(rows=32, test=20, validation=10, per_class=30, epochs=1, max_length=32)
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def chosen_rows(size: Size, seed: int) -> Rows:
     """Rows of each split, as many of each subject as the size allows."""
     from espalier.data.docstrings import docstring_rows
 
-    per_class = max(PER_CLASS, size.rows // 5)
+    per_class = max(size.per_class, size.rows // 5)
     most = {"train": size.rows, "validation": size.validation, "test": size.test}
     rows = docstring_rows(per_class, seed)
     return {split: _evenly(rows[split], count) for split, count in most.items()}

@@ -31,7 +31,7 @@ def encoder_picture(found: Comparison, path: Path) -> None:
             (run.trained, accuracy),
             xytext=(6, 8),
             textcoords="offset points",
-            ha="left",
+            ha="left" if run is not found.runs[-1] else "right",
             color=color,
         )
         right.plot(*loss_of(run), color=color, label=run.name, linewidth=2)
@@ -40,7 +40,7 @@ def encoder_picture(found: Comparison, path: Path) -> None:
         right.plot(at, [line["loss"] for line in checks], "o", color=color, mfc="white")
     for name, value, line in (
         ("tf-idf", found.tfidf, "--"),
-        ("commonest label", found.majority, ":"),
+        ("majority", found.majority, ":"),
     ):
         left.axhline(value, color="#888888", linestyle=line, linewidth=1)
         left.text(0.02, value, name, color="#666666", va="bottom", transform=_across(left))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from espalier.quickstart.decoder import Adaptation
     from espalier.quickstart.encoder import Comparison
 
-COLUMNS = ("", "accuracy", "trained", "of model", "kept", "step", "× full", "peak memory")
+COLUMNS = ("", "accuracy", "trained", "of all", "kept", "step", "× full", "memory")
 
 
 def encoder_rows(found: Comparison) -> list[tuple[str, ...]]:
@@ -29,16 +29,16 @@ def encoder_rows(found: Comparison) -> list[tuple[str, ...]]:
             _accuracy(accuracy_of(run), found.tested),
             f"{run.trained:,}",
             percent(run.share),
-            in_words(run.kept),
+            size_of(run.kept),
             f"{1000 * run.step_seconds:.0f} ms",
             f"{run.step_seconds / full:.2f}",
-            "–" if run.peak is None else in_words(run.peak),
+            "–" if run.peak is None else size_of(run.peak),
         )
         for run in found.runs
     ]
     blank = ("",) * (len(COLUMNS) - 2)
-    rows.append(("tf-idf + logistic", _accuracy(found.tfidf, found.tested), *blank))
-    rows.append(("commonest label", _accuracy(found.majority, found.tested), *blank))
+    rows.append(("tf-idf", _accuracy(found.tfidf, found.tested), *blank))
+    rows.append(("majority", _accuracy(found.majority, found.tested), *blank))
     return rows
 
 
@@ -46,6 +46,11 @@ def _accuracy(share: float, count: int) -> str:
     from espalier.quickstart.encoder import margin
 
     return f"{share:.3f} ± {margin(share, count):.3f}"
+
+
+def size_of(count: float) -> str:
+    """Bytes with a unit and, from a megabyte on, one decimal below 10."""
+    return f"{count / 1e6:.1f} MB" if 1e6 <= count < 1e7 else in_words(count)
 
 
 def percent(share: float) -> str:
@@ -58,18 +63,20 @@ def encoder_table(found: Comparison) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title_justify="left", title_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.title_justify, table.title_style = "left", "bold"
     table.title = (
         f"Subject of a docstring, {found.labels} subjects, {found.sizes['train']} training rows"
     )
     table.caption_justify = "left"
     table.caption = (
         f"Accuracy on {found.tested} rows of modules not trained on, ± half of a 95 % interval for "
-        "the choice of rows; one seed. Step: median. Peak memory: the whole process, Python and "
-        "torch included."
+        "the choice of rows; one seed. tf-idf: with logistic regression, on the same rows. Step: "
+        "median time, and its ratio to full tuning's. Memory: peak of the whole process, Python "
+        "and torch included."
     )
     for i, name in enumerate(COLUMNS):
-        table.add_column(name, justify="right" if i else "left", no_wrap=bool(i))
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
     rows = encoder_rows(found)
     for i, row in enumerate(rows):
         table.add_row(
@@ -97,8 +104,8 @@ in both training and test; names that give the subject away are masked.
 
 Accuracy on {found.tested} test rows, ± half of a 95 % interval for the choice of rows; one seed.
 Same rows, order and number of steps for each method; the learning rate is the method's own.
-Step: median time of a training step on this machine, and its ratio to full tuning's. Peak memory:
-of the whole process, Python and torch included.
+tf-idf: with logistic regression, on the same rows. Step: median time of a training step on this
+machine, and its ratio to full tuning's. Memory: peak of the whole process, with Python and torch.
 
 ![accuracy and learning curves](quickstart.png)
 
@@ -155,7 +162,7 @@ def effort(found: Adaptation) -> str:
     peak = "" if run.peak is None else f", peak memory {in_words(run.peak)}"
     return (
         f"LoRA trains {run.trained:,} parameters ({percent(run.share)} of the model), keeps "
-        f"{in_words(run.kept)}; {len(run.steps)} steps at {found.training_speed:,.0f} tokens/s"
+        f"{size_of(run.kept)}; {len(run.steps)} steps at {found.training_speed:,.0f} tokens/s"
         f"{peak}; writes {found.writing_speed:,.0f} tokens/s."
     )
 
