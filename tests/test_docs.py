@@ -61,6 +61,13 @@ def test_page(page: Path, tmp_path: Path) -> None:
     run(page, tmp_path, slow=False)
 
 
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_example(example: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(example)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.slow
 def test_readme_whole(tmp_path: Path) -> None:
     assert run(ROOT / "README.md", tmp_path, slow=True) > 0
