@@ -142,6 +142,12 @@ def test_a_later_format_says_so(kept: Path) -> None:
     refuses(kept, "format 9")
 
 
+def test_a_damaged_card(kept: Path) -> None:
+    file = kept / "adapter.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'\\"format\\": 1', b'\\"foxmat\\": 1'))
+    refuses(kept, "the card in its header is damaged")
+
+
 def test_an_unwritable_folder(tmp_path: Path) -> None:
     model = BERT.make()
     esp.attach(model, esp.LoRA(rank=2), "mine")

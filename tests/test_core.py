@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -120,6 +121,29 @@ def test_unknown_doubled_and_merged_adapters_are_named() -> None:
     esp.unmerge(model)
     with pytest.raises(AdapterError, match="no adapter is merged"):
         esp.unmerge(model)
+
+
+def test_a_copy_of_a_merged_model_unmerges_itself_alone() -> None:
+    model, batch = GPT2.make(), GPT2.batch()
+    esp.attach(model, esp.LoRA(rank=2, sites="all-linear, embedding"))
+    randomise(model)
+    expected = logits(model, batch)
+    esp.merge(model, untie=True)
+    merged = logits(model, batch)
+    twin = copy.deepcopy(model)
+    esp.unmerge(twin)
+    assert torch.equal(logits(twin, batch), expected)
+    assert twin.config.tie_word_embeddings is True
+    assert torch.equal(logits(model, batch), merged)
+    esp.unmerge(model)
+    assert torch.equal(logits(model, batch), expected)
+
+
+def test_a_parameter_is_trained_by_one_method_only() -> None:
+    model = BERT.make()
+    with pytest.raises(SettingError, match=r"both train .*\.bias itself"):
+        esp.attach(model, "LoRA(bias='all') + FullTuning()")
+    assert "espalier" not in model._modules
 
 
 def test_a_failed_attach_leaves_the_model_alone() -> None:
@@ -400,6 +424,15 @@ def test_a_newly_initialised_head_is_found_and_saved(tmp_path: Path) -> None:
     assert torch.equal(logits(fresh, batch), logits(model, batch))
 
 
+def test_a_head_that_full_tuning_trains_is_no_part_of_the_base(tmp_path: Path) -> None:
+    model = BERT.make()
+    esp.attach(model, esp.FullTuning(), head=["classifier"])
+    card = esp.read_card(esp.save(model, "default", tmp_path))
+    assert card["head"] == ["classifier"]
+    assert not any(name.startswith("classifier") for name in card["base"]["values"])
+    esp.load(BERT.make(), tmp_path)
+
+
 def test_heads_can_be_named_or_left_alone() -> None:
     model = BERT.make()
     esp.attach(model, esp.LoRA(), "none", head=False)
@@ -434,6 +467,24 @@ def test_counts_on_bert_base_from_configuration_alone(
     assert account.bytes == 4 * trained
 
 
+@pytest.mark.parametrize(
+    ("recipe", "changed", "rank"),
+    [
+        ("LoRA(rank=4, sites='attention.q') + LoRA(rank=2, sites='attention.q')", 2 * 768**2, 6),
+        ("LoRA(rank=4, sites='attention.q') + FullTuning()", 0, None),
+    ],
+)
+def test_counts_of_two_methods_on_one_layer(recipe: str, changed: int, rank: int | None) -> None:
+    with torch.device("meta"):
+        model = tf.BertModel(tf.BertConfig(num_hidden_layers=2))
+    esp.attach(model, recipe)
+    account = esp.account(model, "default")
+    # Scalars of a layer's bias may count as changed too: there are at most 768 of them.
+    wanted = changed or account.total
+    assert wanted <= account.changed <= wanted + 2 * 768
+    assert account.rank == rank
+
+
 # --- recipes ----------------------------------------------------------------------------------
 
 
@@ -458,6 +509,9 @@ def test_recipes_survive_json_and_text(recipe: object) -> None:
         ("LoRA(rank=2.5)", "rank must be a whole number"),
         ("LoRA(alpha=-1)", "alpha must be above 0"),
         ("LoRA(dropout=1)", "dropout must be at least 0 and below 1"),
+        ("LoRA(dropout='much')", "dropout must be at least 0 and below 1"),
+        ("LoRA(rslora='yes')", "rslora must be True or False"),
+        ("LoRA(sites=3)", "sites must be a selector"),
         ("LoRA(bias='some')", "bias must be one of none, lora_only, all"),
         ("LoRA(r=8)", "LoRA has no setting 'r'"),
         ("lorra", "no method 'lorra'; did you mean 'LoRA'"),

@@ -475,6 +475,7 @@ def test_selection_of_a_selection():
         ("bert", "decoder/attention.q", r"no 'attention.q' in a stack 'decoder'.*encoder"),
         ("bert", "attention.q@7-", r"'attention.q@7-' matches no layer.*layers 0-1"),
         ("bert", "attention.q@x", r"cannot read the layers 'x'.*first2"),
+        ("bert", "attention.q@last0", "cannot read the layers 'last0'"),
         ("bert", "head@1", r"no layer numbers"),
         ("bert", "a/b/c", r"cannot read the selector 'a/b/c'"),
         ("bert", "all-linear, !cross.q", r"no 'cross.q'"),

@@ -55,20 +55,28 @@ def account(model: nn.Module, name: str) -> Account:
     of_head = {id(delta) for slot in in_head for delta, _ in slot.users}
     head = sum(slot.stop - slot.start for slot in in_head)
     modules = base_modules(model)
-    counts = [
-        delta.changed(modules[delta.site.path])
-        for delta in adapter.deltas
-        if id(delta) not in of_head
-    ]
-    ranks = [rank for _, rank in counts]
+    # What several deltas do to one host overlaps in its scalars and adds up in its rank.
+    counts: dict[str, int] = {}
+    ranks: dict[str, int | None] = {}
+    for delta in adapter.deltas:
+        if id(delta) in of_head:
+            continue
+        path = delta.site.path
+        host = modules[path]
+        count, rank = delta.changed(host)
+        most = sum(p.numel() for p in host.parameters(recurse=False)) or count
+        counts[path] = min(counts.get(path, 0) + count, most)
+        before = ranks.get(path, 0)
+        ranks[path] = None if rank is None or before is None else before + rank
     own = {
         id(p): p.numel() for m in modules.values() for p in m._parameters.values() if p is not None
     }
+    bounds = [rank for rank in ranks.values() if rank is not None]
     return Account(
         trained=sum(slot.stop - slot.start for slot in slots) - head,
         head=head,
-        changed=min(sum(count for count, _ in counts), sum(own.values())),
-        rank=None if None in ranks else max((r for r in ranks if r is not None), default=0),
+        changed=min(sum(counts.values()), sum(own.values())),
+        rank=max(bounds, default=0) if len(bounds) == len(ranks) else None,
         bytes=sum(flat.numel() * flat.element_size() for flat in adapter.flat.values()),
         total=sum(own.values()),
     )

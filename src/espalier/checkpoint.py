@@ -99,8 +99,12 @@ def _read(folder: Path) -> tuple[Container, dict[str, Any]]:
     text = opened.metadata.get("espalier")
     if text is None:
         raise CheckpointError(f"{opened.path} is a safetensors file but no adapter of Espalier's")
-    card = json.loads(text)
-    if card["format"] > FORMAT:
+    try:
+        card = json.loads(text)
+        later = card["format"] > FORMAT
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{opened.path}: the card in its header is damaged") from None
+    if later:
         raise CheckpointError(
             f"{opened.path} has format {card['format']}, this Espalier reads up to {FORMAT}; "
             "pip install -U espalier"
@@ -115,9 +119,8 @@ def _weights_in(folder: Path) -> Path:
         raise CheckpointError(f"there is no folder {folder}")
     if (folder / WEIGHTS).is_file():
         return folder / WEIGHTS
-    for inner in ("adapter",):  # a run folder
-        if (folder / inner / WEIGHTS).is_file():
-            return folder / inner / WEIGHTS
+    if (folder / "adapter" / WEIGHTS).is_file():  # a run folder
+        return folder / "adapter" / WEIGHTS
     names = sorted(entry.name for entry in folder.iterdir())
     pickles = [n for n in names if n.endswith(container.PICKLES)]
     if pickles:
@@ -192,8 +195,10 @@ def _rebuild(
             for entry, slot in zip(entries, slots, strict=True)
         )
         with torch.no_grad():
-            if in_order and flat.device.type == "cpu":
-                opened.read(first, entries[-1].stop, flat.data)
+            if in_order:
+                run = flat.data if flat.is_cpu else torch.empty_like(flat, device="cpu")
+                opened.read(first, entries[-1].stop, run)
+                flat.copy_(run)
             else:
                 for slot in slots:
                     slot.of(flat.data).copy_(opened.tensor(slot.label))
@@ -225,11 +230,15 @@ def _local(folder: str) -> Path:
     if path.exists() or folder.count("/") != 1 or folder.startswith((".", "/", "~")):
         return path
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(folder, allow_patterns=["*.safetensors", "*.json"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"there is no folder {folder}, and the hub did not give it: {type(error).__name__}"
         ) from error

@@ -20,6 +20,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from espalier.errors import SettingError, SiteError, nearest
+from espalier.places import CHILD
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from espalier.places import Site, Sites
 
 Tensors: TypeAlias = "Mapping[str, Tensor]"
-CHILD = "espalier"  # the one child of a model's root that is ours
 
 
 @dataclass(slots=True, eq=False)

@@ -38,7 +38,7 @@ def merge(
         raise AdapterError("no adapter is active; name the one to merge")
     folds = _collect(graft, live)
     modules = base_modules(model)
-    _refuse(folds, modules, untie)
+    _refuse(folds, untie)
     before, graft.live = graft.live, ()
     graft.refresh()
     undo: list[hosts.Undo] = []
@@ -46,7 +46,7 @@ def merge(
         for path, deltas in folds.items():
             undo += _fold(modules[path], deltas, untie)
         if untie and any(delta.site.tied for deltas in folds.values() for delta, _ in deltas):
-            undo.append(hosts.declare_untied(unwrap(model)))
+            undo += hosts.declare_untied(unwrap(model))
     except BaseException:
         for step in reversed(undo):
             step()
@@ -85,7 +85,7 @@ def _collect(graft: Graft, live: tuple[tuple[str, float], ...]) -> dict[str, lis
     return folds
 
 
-def _refuse(folds: dict[str, list[Fold]], modules: dict[str, nn.Module], untie: bool) -> None:
+def _refuse(folds: dict[str, list[Fold]], untie: bool) -> None:
     """Raise for whatever cannot be merged, before anything is touched."""
     for path, deltas in folds.items():
         for delta, _ in deltas:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import grammar
-from .places import Rows
+from espalier import grammar
+from espalier.places import Rows
 
 
 def rows(owner: Any, part: str, n_out: int) -> tuple[Rows, ...] | None:

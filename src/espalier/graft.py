@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,12 @@ from espalier import hosts
 from espalier.adapter import Adapter
 from espalier.deltas import CHILD, Delta, Method, Recipe, base_modules, recipe, unwrap
 from espalier.errors import AdapterError, SettingError, SiteError, nearest
+from espalier.heads import Head, head_modules
 from espalier.places import Sites, sites
 from espalier.plain import replacements
 from espalier.seat import Seat
 
 Choice = str | Sequence[str] | Mapping[str, float] | None
-Head = Literal["auto"] | bool | Sequence[str]
 
 
 class Graft(nn.Module):
@@ -229,11 +229,12 @@ def _deltas(
         for delta in method.deltas(model, places):
             rows = f":{delta.site.role}" if delta.site.rows else ""
             deltas.append((f"{index}/{delta.site.path}{rows}", delta))
-    taken = {(d.site.path, key) for _, d in deltas if d.replaces for key in d.trained}
+    taken = _replaced([delta for _, delta in deltas], parts)
     modules = {path: model.get_submodule(path) for path in head_modules(model, places, head)}
     heads = replacements(modules, lambda path, name: (path, name) not in taken)
     deltas += [(f"head/{delta.site.path}", delta) for delta in heads]
-    paths = tuple(delta.site.path for delta in heads)
+    # A method may have taken all of a head (full tuning); it is the task's head all the same.
+    paths = tuple(path for path, module in modules.items() if module._parameters)
     if not deltas:
         raise SiteError(
             f"{parts} trains nothing here: this model has no newly initialised head. "
@@ -242,34 +243,18 @@ def _deltas(
     return deltas, paths
 
 
-def head_modules(model: nn.Module, places: Sites, head: Head) -> list[str]:
-    """Paths of the modules of the task head: those named, or those that no checkpoint filled.
-
-    transformers marks every parameter that it loads; where nothing is marked (a model made from a
-    configuration) the head is what lies outside the backbone and does not predict words.
-    """
-    if head is False:
-        return []
-    if head not in ("auto", True):
-        names = [head] if isinstance(head, str) else list(head)  # type: ignore[arg-type]
-        known = base_modules(model)
-        for path in names:
-            if path not in known:
-                raise SiteError(f"head: no module {path!r} in this model; {nearest(path, known)}")
-        return [p for p in known if any(p == n or p.startswith(n + ".") for n in names)]
-    owners = {
-        path: [p for p in module._parameters.values() if p is not None]
-        for path, module in base_modules(model).items()
-    }
-    loaded = {id(p) for own in owners.values() for p in own if "_is_hf_initialized" in p.__dict__}
-    if loaded:
-        return [
-            path for path, own in owners.items() if own and not any(id(p) in loaded for p in own)
-        ]
-    words = getattr(model, "get_output_embeddings", lambda: None)()
-    if words is not None:
-        return []
-    return [site.path for site in places if site.role == "head" and not site.tied]
+def _replaced(deltas: Iterable[Delta], parts: Recipe) -> set[tuple[str, str]]:
+    """(path, name) of every parameter that has a trained copy; none may have two."""
+    taken: set[tuple[str, str]] = set()
+    for delta in deltas:
+        for key in delta.trained if delta.replaces else ():
+            if (delta.site.path, key) in taken:
+                raise SettingError(
+                    f"two methods of {parts} both train {delta.site.path}.{key} itself; leave "
+                    "it to one of them"
+                )
+            taken.add((delta.site.path, key))
+    return taken
 
 
 def activate(model: nn.Module, choice: Choice) -> None:

@@ -5,7 +5,7 @@ Everything else sees a float32 weight in the orientation of `nn.Linear`, (out, i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from espalier.errors import AdapterError
 from espalier.places import Site
 
-Undo = Callable[[], None]
+Undo = partial[None]  # no closure: in a deep copy of the model it restores the copy
 
 
 def parameter(host: nn.Module, name: str) -> nn.Parameter:
@@ -60,17 +60,18 @@ def refuse_quantised(site: Site) -> None:
     if site.bits:
         raise AdapterError(
             f"{site.path} holds {site.bits}-bit weights; writing a merged weight back into "
-            f"{site.bits} bits loses most of a small change. Load the base in 16 bits and merge there"
+            f"{site.bits} bits loses most of a small change. Load the base in 16 bits and merge "
+            "there"
         )
 
 
-def declare_untied(model: nn.Module) -> Undo:
+def declare_untied(model: nn.Module) -> list[Undo]:
     """Note in the model's config that its embeddings are no longer tied; returns the undo."""
     config = getattr(model, "config", None)
     if config is None or not getattr(config, "tie_word_embeddings", False):
-        return lambda: None
+        return []
     config.tie_word_embeddings = False
-    return lambda: setattr(config, "tie_word_embeddings", True)
+    return [partial(setattr, config, "tie_word_embeddings", True)]
 
 
 def put(host: nn.Module, name: str, value: Tensor, own: bool = False) -> Undo:
@@ -82,9 +83,9 @@ def put(host: nn.Module, name: str, value: Tensor, own: bool = False) -> Undo:
     fresh = value.detach().to(known.device, known.dtype).contiguous()
     if own:
         host._parameters[name] = nn.Parameter(fresh, requires_grad=known.requires_grad)
-        return lambda: host._parameters.__setitem__(name, known)
+        return partial(setattr, host, name, known)
     old, known.data = known.data, fresh
-    return lambda: setattr(known, "data", old)
+    return partial(setattr, known, "data", old)
 
 
 def scaled(host: nn.Module) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import CheckpointError
+from espalier.places import CHILD
 
 TENSORS, VALUES = 8, 4
 _SLACK = 0.02  # a base in bf16 instead of fp32 differs by 0.4 %
@@ -24,7 +25,7 @@ def of(model: nn.Module, without: Sequence[str] = ()) -> dict[str, Any]:
     named = [
         (name, p)
         for name, p in model.named_parameters()
-        if not name.startswith("espalier.")
+        if not name.startswith(f"{CHILD}.")
         and name.rpartition(".")[0] not in without
         and p.is_floating_point()
         and p.numel() >= VALUES

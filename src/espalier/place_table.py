@@ -10,14 +10,14 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from .grammar import ROLES
-from .selectors import ranges
+from espalier.grammar import ROLES
+from espalier.selectors import ranges
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-    from .places import Site, Sites
+    from espalier.places import Site, Sites
 
 
 def plain(sites: Sites) -> str:

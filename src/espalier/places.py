@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, overload
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Conv", "Rows", "Site", "Sites", "sites"]
+__all__ = ["CHILD", "Conv", "Rows", "Site", "Sites", "sites"]
+
+CHILD = "espalier"  # the one child of a model's root that is ours; no place of it is a site
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +137,7 @@ class Sites(Sequence[Site]):
     @property
     def roles(self) -> tuple[str, ...]:
         """The roles that occur, in the grammar's order."""
-        from .grammar import ROLES
+        from espalier.grammar import ROLES
 
         here = {site.role for site in self._sites}
         return tuple(role for role in ROLES if role in here)
@@ -151,12 +153,12 @@ class Sites(Sequence[Site]):
         Raises:
             SiteError: a term matches nothing; says what this model has and what comes near.
         """
-        from .selectors import select
+        from espalier.selectors import select
 
         return self._narrow(select(self, selector))
 
     def __str__(self) -> str:
-        from .place_table import plain
+        from espalier.place_table import plain
 
         return plain(self)
 
@@ -164,13 +166,13 @@ class Sites(Sequence[Site]):
         return f"<{len(self)} sites of {self.notes.model or 'a model'}: {', '.join(self.roles)}>"
 
     def __rich__(self) -> Any:
-        from .place_table import table
+        from espalier.place_table import table
 
         return table(self)
 
 
 def sites(model: nn.Module) -> Sites:
     """Every place of a model, in model order; works on any module, best on transformers models."""
-    from .survey import survey
+    from espalier.survey import survey
 
     return survey(model)

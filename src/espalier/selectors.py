@@ -16,17 +16,19 @@ import re
 from fnmatch import fnmatchcase, translate
 from typing import TYPE_CHECKING
 
-from .errors import SiteError, nearest
-from .grammar import FAMILIES, ROLES, SLICES, SPANS, block_role
+from espalier.errors import SiteError, nearest
+from espalier.grammar import FAMILIES, ROLES, SLICES, SPANS, block_role
 
 if TYPE_CHECKING:
-    from .places import Site, Sites
+    from espalier.places import Site, Sites
 
 ALL_LINEAR = "all-linear"
 _TERM = re.compile(
     r"(?P<out>!?)\s*(?:(?P<stack>[\w-]+)/)?(?P<what>[^@/]+?)\s*(?:@(?P<layers>\S+))?"
 )
-_LAYER = re.compile(r"(?P<one>\d+)|(?P<low>\d*)-(?P<high>\d*)|(?P<end>first|last)(?P<count>\d+)")
+_LAYER = re.compile(
+    r"(?P<one>\d+)|(?P<low>\d*)-(?P<high>\d*)|(?P<end>first|last)(?P<count>[1-9]\d*)"
+)
 
 
 def select(sites: Sites, selector: str) -> list[Site]:

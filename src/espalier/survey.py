@@ -12,15 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from . import fused, grammar
-from .places import Conv, Notes, Rows, Site, Sites
+from espalier import fused, grammar
+from espalier.places import CHILD, Conv, Notes, Rows, Site, Sites
 
 if TYPE_CHECKING:
     from torch import nn
 
 # Wrappers that pass attribute access through: their inner name is left out of every path.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_OURS = "espalier"  # the reserved child that holds deltas
 _BITS = {"Linear4bit": 4, "LinearNF4": 4, "LinearFP4": 4, "Linear8bitLt": 8}
 # Where each kind of module keeps its widths; a weight may be packed and its shape say nothing.
 _WIDTHS = {
@@ -106,7 +105,7 @@ def _walk(work: _Survey, module: nn.Module, path: str, block: _Block | None, see
         if tensor is not None and sum(size > 1 for size in tensor.shape) > 1:
             work.bare.append((_join(path, name), "bare parameter"))
     for name, child in module._modules.items():
-        if child is None or id(child) in seen or name == _OURS:
+        if child is None or id(child) in seen or name == CHILD:
             continue
         seen.add(id(child))
         inner = _block_at(work, module, path, name, block) if name.isdigit() else block
@@ -151,7 +150,7 @@ def _kind(module: nn.Module) -> str:
     # These multiply by their weights themselves, so nothing would pass through a seat on a child.
     if isinstance(module, nn.MultiheadAttention | nn.RNNBase | nn.modules.conv._ConvNd):
         return "bypass"
-    return "norm" if "Norm" in name and module._modules.keys() <= {_OURS} else "none"
+    return "norm" if "Norm" in name and module._modules.keys() <= {CHILD} else "none"
 
 
 def _norm_width(module: nn.Module) -> int:
