@@ -90,6 +90,8 @@ RECIPES = {
     "twice": "LoRA(rank=4, sites='attention.q') + LoRA(rank=2, alpha=3, sites='attention.q')",
     "rslora": "LoRA(rank=4, rslora=True)",
     "bias": "LoRA(rank=2, bias='all')",
+    "two ranks with biases": "LoRA(rank=4, bias='lora_only', sites='attention.q') + "
+    "LoRA(rank=2, bias='lora_only', sites='ffn.*')",
 }
 
 

@@ -150,7 +150,8 @@ def _config(
     model: nn.Module, adapter: Adapter, entries: Mapping[str, Low], saved: list[str], bias: str
 ) -> dict[str, Any]:
     loras = [m for m in adapter.recipe.methods if isinstance(m, LoRA)]
-    rslora = all(m.rslora for m in loras)  # peft then divides by the root of the rank
+    # With rslora peft divides by the root of the rank.
+    rslora = bool(loras) and all(m.rslora for m in loras)
     ranks = {path: low.rank for path, low in entries.items()}
     alphas = {
         path: low.scale * (low.rank**0.5 if rslora else low.rank) for path, low in entries.items()
@@ -167,7 +168,7 @@ def _config(
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": alpha,
-        "lora_dropout": loras[0].dropout,
+        "lora_dropout": max((m.dropout for m in loras), default=0.0),
         "modules_to_save": saved or None,
         "peft_type": "LORA",
         "r": rank,
@@ -219,7 +220,9 @@ def _open(folder: Path) -> Foreign:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError:
-        raise CheckpointError(f"{folder / CONFIG} is not valid JSON") from None
+        config = None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder / CONFIG} is no valid JSON object")
     if config.get("peft_type") != "LORA":
         raise CheckpointError(
             f"{folder} holds a peft adapter of type {config.get('peft_type')!r}; LORA can be read"
@@ -307,7 +310,8 @@ def _recipe(places: Sites, foreign: Foreign, bias: str) -> Recipe:
                 alpha=alpha,
                 dropout=config.get("lora_dropout") or 0.0,
                 rslora=bool(config.get("use_rslora")),
-                bias=bias if index == 0 else "none",
+                # All biases belong to the first; those of adapted layers to each its own.
+                bias=bias if index == 0 or bias == "lora_only" else "none",
                 sites=_selector(places, paths),
             )
             for index, ((rank, alpha), paths) in enumerate(kinds.items())

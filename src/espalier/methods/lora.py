@@ -47,11 +47,15 @@ class LoRA(Method):
     sites: str = "all-linear"
 
     def __post_init__(self) -> None:
+        number = int | float
         whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
         check(self, "rank", whole and self.rank >= 1, "a whole number of at least 1")
-        check(self, "alpha", isinstance(self.alpha, int | float) and self.alpha > 0, "above 0")
-        check(self, "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
+        check(self, "alpha", isinstance(self.alpha, number) and self.alpha > 0, "above 0")
+        share = isinstance(self.dropout, number) and 0 <= self.dropout < 1
+        check(self, "dropout", share, "at least 0 and below 1")
+        check(self, "rslora", isinstance(self.rslora, bool), "True or False")
         check(self, "bias", self.bias in BIASES, f"one of {', '.join(BIASES)}")
+        check(self, "sites", isinstance(self.sites, str), "a selector such as 'attention.q'")
 
     @property
     def scale(self) -> float:
