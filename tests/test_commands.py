@@ -295,6 +295,41 @@ def test_chat_uses_template_and_system_text_of_training(
     assert "1 and 2 is" in seen[1]  # the second question stands after the first
 
 
+WORDS = [row["text"] for row in tiny.reviews(16)]
+OTHERS: dict[str, tuple[str, list[dict[str, Any]], type]] = {
+    "regression": ("bert", [{"text": t, "label": len(t) / 10} for t in WORDS], float),
+    "multilabel": ("bert", [{"text": t, "labels": ["x", "y"][: len(t) % 3]} for t in WORDS], list),
+    "tokens": (
+        "bert",
+        [{"tokens": t.split(), "tags": [*["O" for _ in t.split()][1:], "B-X"]} for t in WORDS],
+        list,
+    ),
+    "seq2seq": ("t5", [{"source": t, "target": t[:8]} for t in WORDS], str),
+}
+
+
+@pytest.mark.parametrize("task", OTHERS)
+def test_other_tasks_predict_and_evaluate(
+    task: str, tmp_path: Path, world: World, espalier: Command
+) -> None:
+    model, rows, kind = OTHERS[task]
+    if model == "t5":
+        tiny.save_model(tmp_path / "t5", tiny.t5(), tiny.tokenizer("t5"))
+    base = world.bert if model == "bert" else tmp_path / "t5"
+    data, run = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run"
+    words = ["--train", data, "--task", task, "--steps", 1, "--warmup", 0, "--threads", 1]
+    said = espalier("train", "--model", base, *words, "--quiet", "--out", run)
+    assert said.code == 0, said.err
+    said = espalier("predict", run, "--data", data)
+    assert said.code == 0, said.err
+    found = [json.loads(line)["prediction"] for line in said.out.splitlines()]
+    assert len(found) == len(rows)
+    assert all(isinstance(prediction, kind) for prediction in found)
+    assert json.loads(espalier("eval", run, "--data", data, "--json").out)["rows"] == len(rows)
+    if task != "tokens":
+        assert espalier("predict", run, WORDS[0]).code == 0
+
+
 # ---------------------------------------------------------------------- inspect, data check, doctor
 
 

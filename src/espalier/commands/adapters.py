@@ -44,11 +44,12 @@ def raw_rows(source: str) -> list[Row]:
     Raises:
         DataError: It cannot be read; names file and line.
     """
-    from espalier.data.sources import read_source
-
     if source == "-":
         return _from_stdin()
-    splits = read_source(source, split="test").splits
+    with aside():
+        from espalier.data.sources import read_source
+
+        splits = read_source(source, split="test").splits
     if "test" in splits:
         return splits["test"]
     if len(splits) == 1:

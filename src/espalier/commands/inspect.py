@@ -81,6 +81,9 @@ def skeleton(name: str) -> nn.Module:
     import torch
     import transformers
 
+    from espalier.shipped import located
+
+    name = located(name)
     folder = Path(name).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():
         listing = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"

@@ -53,7 +53,7 @@ def command(
 def _classify(out: Path | None, rows: int | None, seed: int, quick: bool) -> None:
     from dataclasses import replace
 
-    from espalier.quickstart.demo import demo_model
+    from espalier.shipped import demo_model
     from espalier.quickstart.encoder import QUICK, Size, quickstart, show
     from espalier.quickstart.report import next_steps
 
