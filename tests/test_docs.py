@@ -1,7 +1,7 @@
 """Every command and snippet of README.md and docs/ runs, in order, in one folder per page.
 
-A block after the comment <!-- slow --> runs with `-m slow` only; install lines are what `.ci/run`
-itself does. A block ```text is output, ```yaml is written to the file that its first line names.
+Install lines are what `.ci/run` itself does. The quickstart is shortened, except with `-m slow`. A
+block ```text is output, ```yaml is written to the file that its first line names.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"(?P<slow><!-- slow -->\n)?```(?P<kind>\w+)[^\n]*\n(?P<body>.*?)```", re.S)
+BLOCK = re.compile(r"```(?P<kind>\w+)[^\n]*\n(?P<body>.*?)```", re.S)
+LONG = {"espalier quickstart": "espalier quickstart --quick"}
 INSTALLS = re.compile(r"^\s*(pip install|git clone|cd |python3? -m venv|pytest|\. )")
 
 
-def blocks(page: Path) -> list[tuple[str, str, bool]]:
-    """(kind, body, slow) of every block that does something."""
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """(kind, body) of every block that does something."""
     found = BLOCK.finditer(page.read_text(encoding="utf-8"))
-    return [(b["kind"], b["body"], bool(b["slow"])) for b in found if b["kind"] != "text"]
+    return [(b["kind"], b["body"]) for b in found if b["kind"] != "text"]
 
 
 def run(page: Path, folder: Path, slow: bool) -> int:
@@ -34,9 +35,7 @@ def run(page: Path, folder: Path, slow: bool) -> int:
         "HF_HUB_OFFLINE": "1",
     }
     code, count = "", 0
-    for kind, body, is_slow in blocks(page):
-        if is_slow and not slow:
-            continue
+    for kind, body in blocks(page):
         count += 1
         if kind == "yaml":
             (folder / body.splitlines()[0].lstrip("# ")).write_text(body)
@@ -46,6 +45,7 @@ def run(page: Path, folder: Path, slow: bool) -> int:
             command = [sys.executable, "-c", code]
         else:
             lines = [line for line in body.splitlines() if not INSTALLS.match(line)]
+            lines = lines if slow else [LONG.get(line, line) for line in lines]
             command = ["bash", "-euo", "pipefail", "-c", "\n".join(lines)]
         done = subprocess.run(
             command, cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL
