@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from command_line import Command, read_rows
-from espalier.quickstart import demo
+from espalier import shipped
 from espalier.quickstart.apart import train_apart
 from espalier.quickstart.encoder import QUICK, Size, margin
 
@@ -126,9 +126,9 @@ def test_missing_or_foreign_demo_model_names_the_fix(
     espalier: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(demo, "PACKAGE", "nowhere_at_all")
+        patch.setattr(shipped, "PACKAGE", "nowhere_at_all")
         espalier.fails("quickstart", saying=["pip install 'espalier[demo]'"])
-    monkeypatch.setattr(demo, "SHA256", "0" * 64)
+    monkeypatch.setattr(shipped, "SHA256", "0" * 64)
     espalier.fails("quickstart", saying=["sha256", "pip install 'espalier[demo]'"])
 
 

@@ -15,7 +15,7 @@ from espalier.commands.screen import console, say
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich")
 
 EXAMPLE = """\
-espalier data check reviews.csv --model ./minilm --max-length 128
+espalier data check reviews.csv --model demo-encoder --max-length 128
 espalier data check train.jsonl test.jsonl"""
 
 

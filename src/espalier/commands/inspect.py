@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from espalier.deltas import Recipe
 
 EXAMPLE = """\
-espalier inspect ./minilm
-espalier inspect ./minilm --method lora --rank 16 --sites "attention.q, attention.v"
+espalier inspect demo-encoder
+espalier inspect demo-encoder --method lora --rank 16 --sites "attention.q, attention.v"
 espalier inspect runs/reviews-lora"""
 
 SETTINGS: dict[str, Any] = {

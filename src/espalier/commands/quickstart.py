@@ -53,7 +53,6 @@ def command(
 def _classify(out: Path | None, rows: int | None, seed: int, quick: bool) -> None:
     from dataclasses import replace
 
-    from espalier.shipped import demo_model
     from espalier.quickstart.encoder import QUICK, Size, quickstart, show
     from espalier.quickstart.report import next_steps
 
@@ -61,7 +60,7 @@ def _classify(out: Path | None, rows: int | None, seed: int, quick: bool) -> Non
     screen = console()
     found = quickstart(replace(size, rows=rows) if rows else size, out, seed, screen)
     show(found, screen)
-    _end(found.folder, next_steps(found.folder / "lora", demo_model()))
+    _end(found.folder, next_steps(found.folder / "lora"))
 
 
 def _generate(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from espalier.training.config import RunConfig
 
 EXAMPLE = """\
-espalier train --model ./minilm --train reviews.csv --method lora --rank 16 --epochs 3
+espalier train --model demo-encoder --train reviews.csv --method lora --rank 16 --epochs 3
 espalier train --config run.yaml --lr 2e-4 --out runs/second"""
 
 SETTINGS: dict[str, Any] = {

@@ -91,7 +91,7 @@ def markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join([lines[0], "|---|" + "---:|" * (len(columns) - 1), *lines[1:]])
 
 
-def encoder_readme(found: Comparison, model: Path) -> str:
+def encoder_readme(found: Comparison) -> str:
     """The README of the run folder."""
     lora = found.folder / "lora"
     return f"""# Quickstart: three ways to adapt one model
@@ -103,7 +103,7 @@ in both training and test; names that give the subject away are masked.
 {markdown(COLUMNS, encoder_rows(found))}
 
 Accuracy on {found.tested} test rows, ± half of a 95 % interval for the choice of rows; one seed.
-Same rows, order and number of steps for each method; the learning rate is the method's own.
+Same rows, order and number of steps for each method; learning rates found with as many tries each.
 tf-idf: with logistic regression, on the same rows. Step: median time of a training step on this
 machine, and its ratio to full tuning's. Memory: peak of the whole process, with Python and torch.
 
@@ -113,18 +113,18 @@ Each folder is an ordinary run: `config.yaml` (settings), `metrics.jsonl` (every
 `data/` holds the rows.
 
 ```sh
-{chr(10).join(next_steps(lora, model))}
+{chr(10).join(next_steps(lora))}
 ```
 """
 
 
-def next_steps(lora: Path, model: Path) -> list[str]:
+def next_steps(lora: Path) -> list[str]:
     """What to type next: this adapter first, then one's own data."""
     return [
         f'espalier predict {lora} "Send a request and return the response."',
         f"espalier inspect {lora}",
         "espalier data check reviews.csv          # your file: text and label columns",
-        f"espalier train --train reviews.csv --method lora --model {model}",
+        "espalier train --train reviews.csv --method lora --model demo-encoder",
     ]
 
 
