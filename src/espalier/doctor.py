@@ -12,8 +12,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,7 +64,7 @@ class Machine:
     python: str
     system: str
     cores: int
-    threads: int
+    threads: int | None  # None where torch cannot be used
     memory: int
     memory_free: int
     disk_free: int
@@ -143,21 +141,21 @@ def _try_bitsandbytes() -> None:
 
 def _machine() -> Machine:
     import psutil
-    import torch
 
     from espalier.training.threads import usable_cores
 
+    threads, devices = _torch_sees()
     memory = psutil.virtual_memory()
     limit = _memory_limit()
     return Machine(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
         cores=usable_cores(),
-        threads=torch.get_num_threads(),
+        threads=threads,
         memory=min(memory.total, limit or memory.total),
         memory_free=min(memory.available, limit or memory.available),
         disk_free=shutil.disk_usage(Path.cwd()).free,
-        devices=_devices(),
+        devices=devices,
         hub=_hub(),
     )
 
@@ -171,7 +169,10 @@ def _memory_limit() -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def _devices() -> list[str]:
+def _torch_sees() -> tuple[int | None, list[str]]:
+    """Threads and devices; none of either where torch is missing or broken."""
+    if _trouble("torch"):
+        return None, []
     import torch
 
     found = []
@@ -181,22 +182,17 @@ def _devices() -> list[str]:
         found.append(f"{about.name}, {about.total_memory / 1e9:.0f} GB, {bf16}")
     if torch.backends.mps.is_available():
         found.append("Apple GPU (mps)")
-    return found
+    return torch.get_num_threads(), found
 
 
-def _hub(seconds: float = 3.0) -> str:
+def _hub() -> str:
     """Whether the model hub can be reached: "reachable", "offline by setting" or "unreachable"."""
+    from espalier.data.hub import reachable
+
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         return "offline by setting (HF_HUB_OFFLINE)"
     address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        request = urllib.request.Request(address, method="HEAD")
-        with urllib.request.urlopen(request, timeout=seconds):
-            return "reachable"
-    except urllib.error.HTTPError:
-        return "reachable"
-    except (OSError, ValueError):
-        return "unreachable"
+    return "reachable" if reachable(address) else "unreachable"
 
 
 def _remarks(machine: Machine) -> list[str]:
@@ -250,12 +246,13 @@ def table(found: Findings) -> Group:
 
 
 def _machine_rows(machine: Machine) -> list[tuple[str, str]]:
-    def gb(count: int) -> str:
+    def gb(count: int) -> str:  # not memory.in_words, which cannot be had without torch
         return f"{count / 1e9:.1f} GB"
 
+    threads = "" if machine.threads is None else f", torch uses {machine.threads} threads"
     return [
         ("system", machine.system),
-        ("cores", f"{machine.cores} usable, torch uses {machine.threads} threads"),
+        ("cores", f"{machine.cores} usable{threads}"),
         ("memory", f"{gb(machine.memory_free)} of {gb(machine.memory)} free"),
         ("disk here", f"{gb(machine.disk_free)} free"),
         ("GPU", "; ".join(machine.devices) or "none"),

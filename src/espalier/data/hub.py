@@ -65,7 +65,7 @@ def _cache_only_if_unreachable() -> Iterator[None]:
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    if not any(before) and not _reachable(constants.ENDPOINT):
+    if not any(before) and not reachable(constants.ENDPOINT):
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         yield
@@ -73,7 +73,7 @@ def _cache_only_if_unreachable() -> Iterator[None]:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
-def _reachable(address: str, seconds: float = 3.0) -> bool:
+def reachable(address: str, seconds: float = 3.0) -> bool:
     """Whether anything answers at `address`, proxies of the environment included."""
     try:
         with urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), None, seconds):

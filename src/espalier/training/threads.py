@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 import time
 
-import torch
-
 
 def usable_cores() -> int:
     """CPU cores that this process may use."""
@@ -28,6 +26,8 @@ def probe(width: int, rows: int, seconds: float = 1.0) -> int:
 
     More threads must be at least 5 % faster to be chosen. Leaves the number of threads as it was.
     """
+    import torch
+
     numbers = candidates(usable_cores())
     if len(numbers) == 1:
         return 1
