@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 
 import espalier as esp
 import tiny_runs as tiny
-from espalier.errors import CheckpointError, SettingError, TrainingError
+from espalier.errors import AdapterError, CheckpointError, SettingError, TrainingError
 from espalier.training import RunConfig
 from espalier.training.logs import quiet, screen
+from espalier.training.models import writing_task
 from espalier.training.threads import candidates, probe
 
 COMMON: dict[str, Any] = {"quiet": True, "threads": 1, "batch": 8, "warmup": 0}
@@ -291,6 +292,36 @@ def test_a_new_head_is_trained_and_saved_with_the_adapter(tmp_path: Path) -> Non
     assert result.account["head"] > 0
 
 
+@pytest.mark.parametrize(
+    ("make", "kind", "task", "form"),
+    [(tiny.llama, "gpt2", "causal", "completion"), (tiny.t5, "t5", "seq2seq", "")],
+)
+def test_the_base_decides_what_columns_leave_open(
+    make: Any, kind: str, task: str, form: str, tmp_path: Path
+) -> None:
+    base = tiny.save_model(tmp_path / "base", make(), tiny.tokenizer(kind))
+    data = tmp_path / "train.jsonl"
+    rows = [{"source": r["prompt"], "target": r["completion"].strip()} for r in tiny.sums()]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "run"
+    esp.train(RunConfig(model=base, train=str(data), out=folder, steps=1, **COMMON))
+    extras = esp.read_card(folder)["extras"]
+    assert (extras["task"], extras.get("form", "")) == (task, form)
+    assert RunConfig.from_yaml(folder / "config.yaml").task == task
+    result = esp.fit(make(), tiny.tokenizer(kind), rows, steps=1, **COMMON)
+    assert "perplexity" in result.metrics["validation"]
+
+
+def test_an_encoder_leaves_the_task_to_the_columns(tmp_path: Path) -> None:
+    assert writing_task(tiny.bert().config) is None
+    assert writing_task(tiny.gpt2().config) == "causal"
+    with pytest.raises(SettingError, match="task is seq2seq"):
+        esp.fit(
+            tiny.bert("MaskedLM"), tiny.tokenizer(), [{"source": "a", "target": "b"}] * 9,
+            batching="pack", **COMMON,
+        )  # fmt: skip
+
+
 def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = tiny.save_model(tmp_path / "base", tiny.bert(**CLASSES), tiny.tokenizer())
     data = tmp_path / "train.jsonl"
@@ -329,6 +360,10 @@ def test_training_goes_on_with_an_attached_adapter() -> None:
     esp.fit(model, tiny.tokenizer(), tiny.reviews(), None, steps=2, lr=0.01, **COMMON)
     assert esp.active(model) == {"mine": 1.0}
     assert not torch.equal(before, flats(model))
+    esp.attach(model, esp.LoRA(rank=2), name="second", head=False)
+    esp.activate(model, ["mine", "second"])
+    with pytest.raises(AdapterError, match="one adapter should be active, found 'mine', 'second'"):
+        esp.fit(model, tiny.tokenizer(), tiny.reviews(), None, steps=1, **COMMON)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def save(
         flats = adapter.flat.values()
         container.write(folder / WEIGHTS, adapter.named(), flats, {"espalier": text})
         pretty = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
-        container.replace(folder / CARD, (pretty.encode(),))
+        container.write_text(folder / CARD, pretty)
     else:
         from espalier.errors import SettingError
 

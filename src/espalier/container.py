@@ -116,6 +116,11 @@ def replace(path: Path, chunks: Iterable[Any]) -> None:
         raise CheckpointError(_why(path, error)) from error
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file (UTF-8) as `replace` does."""
+    replace(path, (text.encode(),))
+
+
 def _why(path: Path, error: OSError) -> str:
     reasons = {
         errno.ENOSPC: "no space is left on the disk; free some or choose another folder",

@@ -17,7 +17,13 @@ import torch
 from espalier.checkpoint import load, read_card
 from espalier.errors import CheckpointError, SettingError
 from espalier.training.evaluate import evaluating, inputs
-from espalier.training.models import limit_of, load_model, load_tokenizer, to_device
+from espalier.training.models import (
+    limit_of,
+    load_model,
+    load_tokenizer,
+    precision_of,
+    to_device,
+)
 
 if TYPE_CHECKING:
     from espalier.tasks import Row, Task
@@ -100,7 +106,7 @@ class Adapted:
     @property
     def device(self) -> torch.device:
         """Where the base lies."""
-        return next(torch.nn.Module.parameters(self.model)).device
+        return next(self.model.parameters()).device
 
     @property
     def max_length(self) -> int | None:
@@ -114,7 +120,7 @@ def open_adapter(
     """The adapter in a run folder or adapter folder, on its base, ready to use.
 
     Args:
-        folder: As `esp.load` takes it.
+        folder: A folder that `esp.save` or a run wrote.
         base: Where the base model is, if not where the card says.
         precision: The base's numbers; auto is bf16 on GPUs that have it and fp32 elsewhere.
 
@@ -134,7 +140,9 @@ def open_adapter(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         tokenizer = load_tokenizer(name)
-        model, _ = load_model(name, task, tokenizer, _dtype(precision, device))
+        half = precision_of(precision, device) == "bf16"
+        dtype = torch.bfloat16 if half else torch.float32
+        model, _ = load_model(name, task, tokenizer, dtype)
     except CheckpointError as error:
         if base:
             raise
@@ -146,13 +154,6 @@ def open_adapter(
     to_device(model, device)
     model.eval()
     return Adapted(Path(folder), model, tokenizer, task, card)
-
-
-def _dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    if precision == "auto":
-        half = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if half else torch.float32
-    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 # ----------------------------------------------------------------------------------- predicting
@@ -271,7 +272,7 @@ def _generate(
         input_ids=ids,
         attention_mask=mask,
         pad_token_id=fill,
-        eos_token_id=at.task.stop_ids(at.tokenizer),
+        eos_token_id=at.task.stop_ids(at.tokenizer) or None,
         streamer=streamer,
         **how.for_generate(),
     )

@@ -304,6 +304,17 @@ def active(model: nn.Module) -> dict[str, float]:
     return dict(find(model).live)
 
 
+def only_active(model: nn.Module) -> str:
+    """The name of the one active adapter. Raises AdapterError when none or several are active."""
+    names = list(active(model))
+    if len(names) != 1:
+        found = ", ".join(map(repr, names)) or "none"
+        raise AdapterError(
+            f"one adapter should be active, found {found}; choose it with esp.activate(model, name)"
+        )
+    return names[0]
+
+
 def detach(model: nn.Module, name: str) -> None:
     """Take an adapter out. With the last one the model is as it was before the first.
 

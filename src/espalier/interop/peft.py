@@ -105,7 +105,7 @@ def write_peft(model: nn.Module, adapter: Adapter, folder: Path) -> None:
     ordered = {name: tensors[name].contiguous() for name in sorted(tensors)}
     container.write(folder / WEIGHTS, ordered.items(), ordered.values(), {"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    container.replace(folder / CONFIG, (text.encode(),))
+    container.write_text(folder / CONFIG, text)
 
 
 def _low(delta: Delta) -> Low:

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from espalier.checkpoint import save
 from espalier.errors import TrainingError
-from espalier.graft import active, dead_sites
+from espalier.graft import dead_sites, only_active
 
 
 class AdapterCallback(TrainerCallback):
@@ -30,6 +30,7 @@ class AdapterCallback(TrainerCallback):
         extras: JSON kept with it, like a chat template or labels.
 
     Raises:
+        AdapterError: no name was given, and not exactly one adapter is active.
         TrainingError: after the first backward pass a place of the adapter has no gradient.
     """
 
@@ -77,5 +78,5 @@ class AdapterCallback(TrainerCallback):
 
     def _save(self, model: nn.Module | None, folder: Path, state: TrainerState) -> None:
         if model is not None and state.is_world_process_zero:
-            name = self.name or next(iter(active(model)))
+            name = self.name or only_active(model)
             save(model, name, folder / "adapter", extras=self.extras)

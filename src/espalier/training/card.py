@@ -47,7 +47,7 @@ esp.load(model, {adapter!r})
 """
 
 
-def in_words(recipe: Recipe) -> list[str]:
+def _said(recipe: Recipe) -> list[str]:
     """A line per method: how it is written, and what it does."""
     lines = []
     for method in recipe.methods:
@@ -72,7 +72,7 @@ def commands(task: Task, row: Row, folder: Path) -> list[str]:
     return [use, f"espalier eval {run}", f"espalier merge {run} --out merged"]
 
 
-def write_card(
+def card_text(
     config: RunConfig,
     recipe: Recipe,
     task: Task,
@@ -88,7 +88,7 @@ def write_card(
         header=yaml.safe_dump(header, sort_keys=False).strip(),
         name=Path(config.model).name,
         task=task.name,
-        methods="\n".join(f"- {line}" for line in in_words(recipe)),
+        methods="\n".join(f"- {line}" for line in _said(recipe)),
         base=config.model,
         trained=account["trained"] + account["head"],
         total=account["total"],

@@ -177,6 +177,11 @@ class RunConfig(BaseModel):
             raise ValueError("dry_run starts nothing that resume could go on with: choose one.")
         return self
 
+    @property
+    def batch_in_evaluation(self) -> int:
+        """Examples per batch where no gradients are kept."""
+        return self.eval_batch or 2 * self.batch
+
     def replace(self, **changes: Any) -> RunConfig:
         """This config with some settings changed, checked anew."""
         return RunConfig(**(self.model_dump() | changes))

@@ -11,12 +11,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from espalier.accounting import account
 from espalier.deltas import Recipe
 from espalier.errors import SettingError
-from espalier.graft import active, attach, detach, get
+from espalier.graft import attach, detach, get, only_active
 from espalier.training import finish, folders, models, randomness, report, state, threads
 from espalier.training.config import RunConfig
 from espalier.training.job import Job
@@ -39,7 +38,8 @@ def go(at: Material, parts: Recipe | None, name: str, new: list[str] | None = No
     _check_packing(at)
     randomness.seed_all(at.config.seed)
     if parts is None:
-        return _train(at, *_active_one(at.model))
+        name = only_active(at.model)
+        return _train(at, name, get(at.model, name).recipe)
     attach(at.model, parts, name, head=_head(at.config, new))
     try:
         result = _train(at, name, parts)
@@ -183,10 +183,3 @@ def _head(config: RunConfig, new: list[str] | None) -> Any:
     if config.head == "auto":
         return "auto" if new is None else (new or False)
     return False if config.head == "none" else config.head
-
-
-def _active_one(model: nn.Module) -> tuple[str, Recipe]:
-    names = list(active(model))
-    if len(names) != 1:
-        raise SettingError(f"method=None trains the one active adapter; active are: {names}.")
-    return names[0], get(model, names[0]).recipe

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from espalier.checkpoint import load, save
+from espalier.container import write_text
 from espalier.deltas import Recipe
 from espalier.errors import CheckpointError
 from espalier.graft import activate, detach
-from espalier.training import folders, plot
-from espalier.training.card import write_card
+from espalier.training import plot
+from espalier.training.card import card_text
 from espalier.training.evaluate import evaluating, inputs
 from espalier.training.loop import Loop
 from espalier.training.prepare import Material
@@ -50,10 +51,7 @@ def _write(at: Material, split: str) -> dict[str, float]:
     rows, config = at.data.splits[split][:WRITTEN], at.config
     card = {"extras": {"max_length": config.max_length}}
     adapted = Adapted(at.out.folder or Path(), at.model, at.tokenizer, at.data.task, card)
-    how, batch = (
-        Writing(max_new_tokens=config.max_new_tokens),
-        config.eval_batch or 2 * config.batch,
-    )
+    how, batch = Writing(max_new_tokens=config.max_new_tokens), config.batch_in_evaluation
     answers = write(adapted, [row.values for row in rows], how, batch, config.seed)
     return generation_scores(answers, [at.data.task.answer(row) for row in rows])
 
@@ -80,8 +78,8 @@ def keep(
     note = _check_reload(at, name)
     if note:
         at.out.screen.say(note)
-    card = write_card(config, parts, task, at.data.splits, metrics, counted, folder)
-    folders.write_text(folder / "README.md", card)
+    card = card_text(config, parts, task, at.data.splits, metrics, counted, folder)
+    write_text(folder / "README.md", card)
     if plot.available():
         plot.draw(loop.job.record.lines, task.best[0], folder / "loss.png")
     else:

@@ -8,27 +8,17 @@ result.json    once it is finished      state/      for resuming, until it is fi
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import tempfile
 from pathlib import Path
 
+from espalier.container import write_text
 from espalier.errors import CheckpointError, SettingError
 from espalier.training.config import RunConfig
 from espalier.training.memory import in_words
 
 _LEAST = 20_000_000  # bytes: less than this is not worth starting with
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
 def choose(config: RunConfig, method: str) -> Path:
@@ -81,9 +71,9 @@ def check_space(path: Path, needed: float) -> None:
 
 def create(path: Path, config: RunConfig) -> None:
     """Make the folder, emptied of an older run when overwriting, with config.yaml and its log."""
-    if config.overwrite and path.is_dir():
-        shutil.rmtree(path)
     try:
+        if config.overwrite and path.is_dir():
+            shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"The run folder {path} cannot be made: {error}") from error

@@ -100,7 +100,7 @@ class Loop:
 
     def evaluate(self, examples: Sequence[dict[str, Any]]) -> dict[str, float]:
         """Loss and the task's metrics of the adapter as it is now."""
-        job, batch = self.job, self.config.eval_batch or 2 * self.config.batch
+        job, batch = self.job, self.config.batch_in_evaluation
         return evaluate(
             job.model, job.task, job.tokenizer, examples, batch, job.accelerator, job.autocast
         )

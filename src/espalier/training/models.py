@@ -32,15 +32,38 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def longest_input(name: str, tokenizer: Any) -> int | None:
-    """Tokens that a model takes at most, from its configuration alone; None when unlimited."""
+def load_config(name: str) -> Any:
+    """The configuration of a model, without its weights.
+
+    Raises:
+        CheckpointError: there is none, here or on the hub.
+    """
     from transformers import AutoConfig
 
     name = _found(name)
     try:
-        return limit_of(AutoConfig.from_pretrained(name), tokenizer)
+        return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(_missing(name, "model", error)) from error
+
+
+def writing_task(config: Any) -> str | None:
+    """The task of a model made to write text: "seq2seq" or "causal"; None for any other."""
+    from transformers.models.auto import modeling_auto as auto
+
+    if config.is_encoder_decoder:
+        return "seq2seq"
+    kind = config.model_type
+    # Encoders can be turned into decoders too, but are not made for it.
+    encoder = kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return "causal" if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encoder else None
+
+
+def precision_of(asked: str, device: torch.device) -> str:
+    """fp32 or bf16: as asked, or for "auto" bf16 on GPUs that have it."""
+    if asked != "auto":
+        return asked
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
 def limit_of(config: Any, tokenizer: Any) -> int | None:

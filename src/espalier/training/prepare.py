@@ -11,6 +11,8 @@ import torch
 
 from espalier.deltas import Recipe
 from espalier.errors import SettingError
+from espalier.shipped import located
+from espalier.training import models
 from espalier.training.config import RunConfig
 from espalier.training.progress import Screen
 from espalier.training.result import RunResult
@@ -75,7 +77,7 @@ class Material:
     @property
     def precision(self) -> str:
         """fp32 or bf16."""
-        return precision_of(self.config, self.device)
+        return models.precision_of(self.config.precision, self.device)
 
 
 def read_data(
@@ -83,29 +85,34 @@ def read_data(
     train: Rows | TaskData | None = None,
     validation: Rows | None = None,
     test: Rows | None = None,
+    base: Any = None,
 ) -> TaskData:
-    """The task's data, from the config's sources or those given in their place."""
+    """The task's data, from the config's sources or those given in their place.
+
+    Where columns allow several tasks, the base's configuration decides: `base`, or that of a
+    local model folder.
+    """
     from espalier.data import TaskData, read_task
 
     if isinstance(train, TaskData):
-        data = train
-    else:
-        data = read_task(
-            train if train is not None else config.train,
-            validation if validation is not None else config.validation,
-            test if test is not None else config.test,
-            task=config.task,
-            columns=config.columns,
-            limit=config.limit,
-            validation_share=config.validation_share,
-            seed=config.seed,
-            system=config.system,
-            chat_template=config.chat_template,
-            prefix=config.prefix,
-            documents=config.documents,
-        )
-    config.replace(task=data.task.name)  # its rules again, now that the task is known
-    return data
+        return train
+    if base is None and config.task is None and Path(located(config.model)).expanduser().is_dir():
+        base = models.load_config(config.model)
+    return read_task(
+        train if train is not None else config.train,
+        validation if validation is not None else config.validation,
+        test if test is not None else config.test,
+        task=config.task,
+        prefer=None if base is None else models.writing_task(base),
+        columns=config.columns,
+        limit=config.limit,
+        validation_share=config.validation_share,
+        seed=config.seed,
+        system=config.system,
+        chat_template=config.chat_template,
+        prefix=config.prefix,
+        documents=config.documents,
+    )
 
 
 def fitting(config: RunConfig, limit: int | None) -> RunConfig:
@@ -148,13 +155,6 @@ def _truncation(examples: Sequence[Mapping[str, Any]], max_length: int | None) -
     answers = sum(bool(e.get("cut")) for e in examples)
     also = f"; {answers / len(examples):.1%} of the answers lose words" if answers else ""
     return f"{cut / len(examples):.1%} of the training rows are cut to {max_length} tokens{also}"
-
-
-def precision_of(config: RunConfig, device: torch.device) -> str:
-    """fp32 or bf16: as set, else bf16 on GPUs that have it."""
-    if config.precision != "auto":
-        return config.precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
 def config_in_hand(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from espalier.training.folders import write_text
+from espalier.container import write_text
 
 
 @dataclass(frozen=True)

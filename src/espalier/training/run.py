@@ -27,7 +27,6 @@ from espalier.training.prepare import (
     config_in_hand,
     encode,
     fitting,
-    precision_of,
     read_data,
 )
 from espalier.training.progress import Screen
@@ -57,11 +56,12 @@ def train(config: RunConfig) -> RunResult:
         return out.done
     with quiet(None):
         data = read_data(config)
+        config = config.replace(task=data.task.name)  # its rules again, now that it is known
         tokenizer = models.load_tokenizer(config.model)
-        config = fitting(config, models.longest_input(config.model, tokenizer))
+        config = fitting(config, models.limit_of(models.load_config(config.model), tokenizer))
         encoded = encode(data, tokenizer, config)
     with _folder_open(out, config):
-        precision = precision_of(config, out.accelerator.device)
+        precision = models.precision_of(config.precision, out.accelerator.device)
         half = precision == "bf16" and not parts.trains_base
         dtype = torch.bfloat16 if half else torch.float32
         randomness.seed_all(config.seed)  # the new head starts the same in every process
@@ -102,7 +102,8 @@ def fit(
     if out.done:
         return out.done
     with quiet(None):
-        read = read_data(config, data, validation, test)
+        read = read_data(config, data, validation, test, model.config)
+        config = config.replace(task=read.task.name)
         config = fitting(config, models.limit_of(model.config, tokenizer))
         encoded = encode(read, tokenizer, config)
     with _folder_open(out, config):
