@@ -107,7 +107,7 @@ def test_decoder_quickstart_with_a_few_rows(
     words = ["--task", "generate", "--quick", "--base", base, "--out", out]
     said = espalier("quickstart", *words)
     assert said.code == 0, said.err
-    for word in ("docstrings", "source code", "before", "after", "espalier chat"):
+    for word in ("docstrings", "source code", "before", "after", "espalier generate"):
         assert word in said.out
     check_adaptation(out)
 

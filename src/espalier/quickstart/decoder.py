@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Rows = dict[str, list[dict[str, str]]]
 METHOD = "LoRA(rank=16, alpha=32)"
 LR = 2e-3  # the base is small: its best rate is above the default
+MODEL = "demo-decoder"
 SHOWN = 4  # samples before and after
 
 
@@ -81,10 +82,10 @@ def quickstart(
         CheckpointError: The base is missing or damaged.
         DataError: Too little source is installed.
     """
-    from espalier.base import base_dir, verify
+    from espalier.base import verify
 
     verify(base)
-    base = base or base_dir()
+    model = MODEL if base is None else str(base)
     folder = free_folder(out, "quickstart-generate")
     screen.print("Reading signatures and docstrings of installed packages ...")
     rows = chosen_rows(size, seed)
@@ -95,7 +96,7 @@ def quickstart(
         soft_wrap=True,
     )
     screen.print("[bold]LoRA[/bold]")
-    settings = settings_of(size, seed, base, files) | {"out": str(folder / "lora")}
+    settings = settings_of(size, seed, model, files) | {"out": str(folder / "lora")}
     run = train_apart("LoRA", settings, screen)
     found = _compare(folder, run, rows, size)
     _write_down(found)
@@ -115,10 +116,10 @@ def chosen_rows(size: Size, seed: int) -> Rows:
     }
 
 
-def settings_of(size: Size, seed: int, base: Path, files: dict[str, Path]) -> dict[str, Any]:
+def settings_of(size: Size, seed: int, model: str, files: dict[str, Path]) -> dict[str, Any]:
     """The run's settings, as they would stand in a config file."""
     return {
-        "model": str(base),
+        "model": model,
         **{split: str(path) for split, path in files.items()},
         "task": "causal",
         "columns": {"prompt": "prompt", "completion": "completion"},
@@ -200,11 +201,13 @@ def show(found: Adaptation, screen: Console) -> None:
 
 def next_steps(found: Adaptation) -> list[str]:
     """What to type next: this adapter first, then one's own data."""
-    lora, prompt = found.folder / "lora", found.samples[0].prompt.split("\n")[0]
+    lora = found.folder / "lora"
+    # As bash reads it: quotes, new lines and backslashes of Python would not pass otherwise.
+    prompt = found.samples[0].prompt.replace("\\", r"\\").replace("'", r"\'").replace("\n", r"\n")
     base = found.run.settings["model"]
     return [
         f"espalier generate {lora} --data {found.folder / 'data' / 'test.jsonl'}",
-        f"espalier chat {lora}          # then type: {prompt}",
+        f"espalier generate {lora} --prompt $'{prompt}'",
         "espalier data check mine.jsonl          # yours: prompt and completion, or messages",
         f"espalier train --train mine.jsonl --method lora --model {base}",
     ]
