@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 
 from espalier.tasks.encoding import encode_texts, pad_inputs
-from espalier.tasks.labels import label_id
+from espalier.tasks.labels import class_settings, label_id
 from espalier.tasks.metrics import classification_scores
 from espalier.tasks.rows import Row, cell, text_cell
 from espalier.tasks.task import Example, Piece, Task
@@ -63,34 +63,19 @@ class Classification(Task):
 
     def model_settings(self) -> dict[str, Any]:
         """See `Task.model_settings`."""
-        names = self.labels or ()
-        return {
-            "num_labels": len(names),
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: i for i, name in enumerate(names)},
-            "problem_type": "single_label_classification",
-        }
+        return {**class_settings(self.labels), "problem_type": "single_label_classification"}
 
     def encode(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int | None
     ) -> list[Example]:
         """See `Task.encode`; labels is one int."""
-        examples = encode_rows(rows, tokenizer, max_length)
-        for row, example in zip(rows, examples, strict=True):
-            if "label" in row.values:
-                example["labels"] = row.values["label"]
-        return examples
+        return encode_rows(rows, tokenizer, max_length)
 
     def collate(
         self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
     ) -> dict[str, Tensor]:
         """See `Task.collate`; labels [B] int64."""
-        import torch
-
-        batch = pad_inputs(examples, tokenizer)
-        if "labels" in examples[0]:
-            batch["labels"] = torch.tensor([e["labels"] for e in examples])
-        return batch
+        return collate_rows(examples, tokenizer)
 
     def predict(self, outputs: Any, batch: Mapping[str, Tensor]) -> list[Guess]:
         """The most probable class of each row of logits [B, C]."""
@@ -127,8 +112,24 @@ def texts_key(row: Row) -> str:
 def encode_rows(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> list[Example]:
-    """Encode the texts or pairs of `rows`."""
+    """Examples of the texts or pairs of `rows`, with the one label of those that have one."""
     texts = [row.values["text"] for row in rows]
     has_pairs = bool(rows) and "text_pair" in rows[0].values
     pairs = [row.values["text_pair"] for row in rows] if has_pairs else None
-    return encode_texts(tokenizer, texts, pairs, max_length)
+    examples = encode_texts(tokenizer, texts, pairs, max_length)
+    for row, example in zip(rows, examples, strict=True):
+        if "label" in row.values:
+            example["labels"] = row.values["label"]
+    return examples
+
+
+def collate_rows(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, dtype: Any = None
+) -> dict[str, Tensor]:
+    """A padded batch whose labels, one or one list per example, become a tensor of `dtype`."""
+    import torch
+
+    batch = pad_inputs(examples, tokenizer)
+    if "labels" in examples[0]:
+        batch["labels"] = torch.tensor([e["labels"] for e in examples], dtype=dtype)
+    return batch

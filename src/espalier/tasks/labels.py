@@ -90,6 +90,16 @@ def label_id(value: Any, row: Row, column: str, labels: Sequence[str], indexed: 
     )
 
 
+def class_settings(labels: Sequence[str] | None) -> dict[str, Any]:
+    """Keywords for `from_pretrained` that give a model these classes."""
+    names = labels or ()
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+
+
 def column_cells(rows: Iterable[Row], column: str) -> list[tuple[Row, Any]]:
     """Each row with its cell in `column`."""
     return [(row, cell(row, column)) for row in rows]

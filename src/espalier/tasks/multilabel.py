@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from espalier.errors import DataError
-from espalier.tasks.classification import encode_rows, read_texts, texts_key
-from espalier.tasks.encoding import pad_inputs
-from espalier.tasks.labels import label_id
+from espalier.tasks.classification import collate_rows, encode_rows, read_texts, texts_key
+from espalier.tasks.labels import class_settings, label_id
 from espalier.tasks.metrics import multilabel_scores
 from espalier.tasks.rows import Row, cell, is_missing, kind, shown
 from espalier.tasks.task import Example, Piece, Task
@@ -72,13 +71,7 @@ class Multilabel(Task):
 
     def model_settings(self) -> dict[str, Any]:
         """See `Task.model_settings`."""
-        names = self.labels or ()
-        return {
-            "num_labels": len(names),
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: i for i, name in enumerate(names)},
-            "problem_type": "multi_label_classification",
-        }
+        return {**class_settings(self.labels), "problem_type": "multi_label_classification"}
 
     def encode(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int | None
@@ -97,10 +90,7 @@ class Multilabel(Task):
         """See `Task.collate`; labels [B, C] float32."""
         import torch
 
-        batch = pad_inputs(examples, tokenizer)
-        if "labels" in examples[0]:
-            batch["labels"] = torch.tensor([e["labels"] for e in examples], dtype=torch.float32)
-        return batch
+        return collate_rows(examples, tokenizer, torch.float32)
 
     def predict(self, outputs: Any, batch: Mapping[str, Tensor]) -> list[list[int]]:
         """The classes with a probability of at least one half, from logits [B, C]."""

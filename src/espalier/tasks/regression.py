@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
-from espalier.tasks.classification import encode_rows, read_texts, texts_key
-from espalier.tasks.encoding import pad_inputs
+from espalier.tasks.classification import collate_rows, encode_rows, read_texts, texts_key
 from espalier.tasks.metrics import regression_scores
 from espalier.tasks.rows import Row, number_cell
 from espalier.tasks.task import Example, Piece, Task
@@ -51,11 +50,7 @@ class Regression(Task):
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int | None
     ) -> list[Example]:
         """See `Task.encode`; labels is one float."""
-        examples = encode_rows(rows, tokenizer, max_length)
-        for row, example in zip(rows, examples, strict=True):
-            if "label" in row.values:
-                example["labels"] = row.values["label"]
-        return examples
+        return encode_rows(rows, tokenizer, max_length)
 
     def collate(
         self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
@@ -63,10 +58,7 @@ class Regression(Task):
         """See `Task.collate`; labels [B] float32."""
         import torch
 
-        batch = pad_inputs(examples, tokenizer)
-        if "labels" in examples[0]:
-            batch["labels"] = torch.tensor([e["labels"] for e in examples], dtype=torch.float32)
-        return batch
+        return collate_rows(examples, tokenizer, torch.float32)
 
     def predict(self, outputs: Any, batch: Mapping[str, Tensor]) -> list[float]:
         """The number for each row of logits [B, 1]."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from espalier.errors import DataError
 from espalier.tasks.encoding import length_limit, pad_inputs, pad_labels
-from espalier.tasks.labels import label_id
+from espalier.tasks.labels import class_settings, label_id
 from espalier.tasks.rows import Row, cell, is_missing, kind
 from espalier.tasks.spans import entity_scores
 from espalier.tasks.task import IGNORED, Example, Piece, Task
@@ -76,12 +76,7 @@ class Tokens(Task):
 
     def model_settings(self) -> dict[str, Any]:
         """See `Task.model_settings`."""
-        names = self.labels or ()
-        return {
-            "num_labels": len(names),
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: i for i, name in enumerate(names)},
-        }
+        return class_settings(self.labels)
 
     def encode(
         self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int | None
