@@ -14,13 +14,14 @@ TEXT = [
 ] * 3
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 MARKED = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}"
-    "{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
+    "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 INST = (
@@ -82,5 +83,6 @@ def metaspace() -> Any:
 
 def word_pieces() -> Any:
     """A BERT tokenizer that parts "playing" into "play" and "##ing"."""
-    words = "[PAD] [UNK] [CLS] [SEP] [MASK] i am in play ##ing new york ##er berlin a b c d , .".split()
-    return BertTokenizerFast(vocab={word: i for i, word in enumerate(words)})
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = ["i", "am", "in", "play", "##ing", "new", "york", "##er", "berlin", *"abcd,."]
+    return BertTokenizerFast(vocab={word: i for i, word in enumerate([*special, *words])})

@@ -166,7 +166,7 @@ def predict(at: Adapted, rows: Sequence[Row], batch: int = 32) -> Iterator[dict[
     """
     for start in range(0, len(rows), AT_ONCE):
         some = rows[start : start + AT_ONCE]
-        if writes(at.task):
+        if at.task.writes:
             texts = write(at, [row.values for row in some], Writing.saved(at.extras), batch)
             yield from ({"prediction": text} for text in texts)
         else:
@@ -175,7 +175,7 @@ def predict(at: Adapted, rows: Sequence[Row], batch: int = 32) -> Iterator[dict[
 
 def writes(task: Task) -> bool:
     """Whether the task's answers are generated text."""
-    return task.name in ("causal", "seq2seq")
+    return task.writes
 
 
 def _classify(at: Adapted, rows: Sequence[Row], batch: int) -> list[dict[str, Any]]:

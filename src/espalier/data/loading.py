@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from espalier.data.building import build_task
 from espalier.data.columns import recognise
@@ -133,18 +133,16 @@ def task_with_columns(
     task: Task, rows: Sequence[Row], columns: Mapping[str, str] | None, labelled: bool
 ) -> Task:
     """The task with the columns that these rows have."""
-    import dataclasses
-
     found = {str(c) for row in rows[:1000] for c in row.values}
     wanted = {**task.columns, **(columns or {})}
     answers = {"label", "tags", "completion", "output", "target"}
     needed = [c for name, c in wanted.items() if labelled or name not in answers]
     if columns or not labelled or all(c.split(".")[0] in found for c in needed):
-        return dataclasses.replace(task, columns=wanted)
+        return replace(task, columns=wanted)
     form = recognise(rows, task.name)
     if set(form.columns) != set(task.columns):
         return task  # whose reading will name the missing column
-    return dataclasses.replace(task, columns=form.columns)
+    return replace(task, columns=form.columns)
 
 
 def _split_of(raw: Raw, name: str, source: Source) -> list[Row]:

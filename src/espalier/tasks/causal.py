@@ -50,6 +50,7 @@ class Causal(Task):
     name: ClassVar[str] = "causal"
     auto_model: ClassVar[str] = "AutoModelForCausalLM"
     best: ClassVar[tuple[str, str]] = ("loss", "min")
+    writes: ClassVar[bool] = True
 
     form: str = "text"
     """"text" (plain), "completion" (prompt and completion) or "chat" (messages)."""
@@ -135,10 +136,10 @@ class Causal(Task):
         start = opening(tokenizer) if self.form == "completion" else []
         ends = tuple(added_tokens(tokenizer))
         examples = []
-        for row, (ids, learned) in zip(rows, encode_pieces(tokenizer, pieces), strict=True):
+        encoded = encode_pieces(tokenizer, pieces)
+        for row, some, (ids, learned) in zip(rows, pieces, encoded, strict=True):
             whole = Encoded(start + ids, [False] * len(start) + learned)
-            last = pieces[len(examples)][-1:]
-            if not (last and last[0].text.rstrip().endswith(ends)):
+            if not (some and some[-1].text.rstrip().endswith(ends)):
                 if not isinstance(end, int):
                     raise SettingError(
                         "the tokenizer has no end-of-text token, so a model could never learn to "

@@ -26,6 +26,7 @@ class Seq2Seq(Task):
     name: ClassVar[str] = "seq2seq"
     auto_model: ClassVar[str] = "AutoModelForSeq2SeqLM"
     best: ClassVar[tuple[str, str]] = ("loss", "min")
+    writes: ClassVar[bool] = True
 
     prefix: str = ""
     """A text put before each source, such as "summarize: "."""

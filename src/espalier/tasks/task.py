@@ -46,6 +46,8 @@ class Task(ABC):
     auto_model: ClassVar[str]
     best: ClassVar[tuple[str, str]]
     """The metric that says which checkpoint is best, and whether "max" or "min" of it is."""
+    writes: ClassVar[bool] = False
+    """Whether the answers are generated text."""
 
     columns: Mapping[str, str] = field(default_factory=dict)
     """The columns a person has, by the name the task gives them."""

@@ -72,7 +72,7 @@ def keep(
     assert at.out.folder is not None
     folder, task, config = at.out.folder, at.data.task, at.config
     extras = {**task.extras(at.tokenizer), "max_length": config.max_length}
-    if task.name in ("causal", "seq2seq"):
+    if task.writes:
         extras["generation"] = {"max_new_tokens": config.max_new_tokens, "do_sample": False}
     save(at.model, name, folder / "adapter", extras=extras)
     note = _check_reload(at, name)
