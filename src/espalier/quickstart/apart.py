@@ -167,19 +167,14 @@ def free_folder(out: Path | None, stem: str) -> Path:
     Raises:
         SettingError: `out` holds something.
     """
-    from espalier.commands.merge import refuse_filled
+    from espalier.training.folders import first_free, refuse_filled
 
-    if out is not None:
-        refuse_filled(out)
-        return out
-    number, path = 1, Path("runs") / stem
-    while path.exists():
-        number, path = number + 1, Path("runs") / f"{stem}-{number + 1}"
-    return path
+    if out is None:
+        return first_free(stem)
+    refuse_filled(out)
+    return out
 
 
 def as_json(runs: list[Measured], **more: Any) -> str:
     """The figures of some runs as a JSON text."""
     return json.dumps({**more, "runs": [run.to_dict() for run in runs]}, indent=1) + "\n"
-
-

@@ -211,4 +211,3 @@ def next_steps(found: Adaptation) -> list[str]:
         "espalier data check mine.jsonl          # yours: prompt and completion, or messages",
         f"espalier train --train mine.jsonl --method lora --model {base}",
     ]
-

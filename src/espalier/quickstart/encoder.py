@@ -33,7 +33,6 @@ MODEL = "demo-encoder"
 Rows = dict[str, list[dict[str, str]]]
 
 
-
 @dataclass(frozen=True)
 class Size:
     """How much the quickstart does: enough to show something within 4 minutes on 2 cores.

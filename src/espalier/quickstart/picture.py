@@ -29,7 +29,7 @@ def encoder_picture(found: Comparison, path: Path) -> None:
         left.annotate(
             run.name,
             (run.trained, accuracy),
-            xytext=(6, 8),
+            xytext=(-8 if run is found.runs[-1] else 8, 8),
             textcoords="offset points",
             ha="left" if run is not found.runs[-1] else "right",
             color=color,

@@ -30,7 +30,7 @@ def encoder_rows(found: Comparison) -> list[tuple[str, ...]]:
             f"{run.trained:,}",
             percent(run.share),
             size_of(run.kept),
-            f"{1000 * run.step_seconds:.0f} ms",
+            f"{run.step_seconds:.2f} s",
             f"{run.step_seconds / full:.2f}",
             "–" if run.peak is None else size_of(run.peak),
         )
@@ -45,7 +45,7 @@ def encoder_rows(found: Comparison) -> list[tuple[str, ...]]:
 def _accuracy(share: float, count: int) -> str:
     from espalier.quickstart.encoder import margin
 
-    return f"{share:.3f} ± {margin(share, count):.3f}"
+    return f"{share:.3f} ± {margin(share, count):.3f}".replace("± 0.", "± .")
 
 
 def size_of(count: float) -> str:
@@ -54,8 +54,8 @@ def size_of(count: float) -> str:
 
 
 def percent(share: float) -> str:
-    """A share in percent, with two digits that say something."""
-    return "100 %" if share >= 0.9995 else f"{100 * share:.2g} %"
+    """A share in percent, short."""
+    return "100 %" if share >= 0.9995 else f"{100 * share:.{2 if share < 0.001 else 1}f} %"
 
 
 def encoder_table(found: Comparison) -> Table:
@@ -79,9 +79,7 @@ def encoder_table(found: Comparison) -> Table:
         table.add_column(name, justify="right" if i else "left", no_wrap=True)
     rows = encoder_rows(found)
     for i, row in enumerate(rows):
-        table.add_row(
-            *row, end_section=i == len(found.runs) - 1, style="" if row[2] else "dim"
-        )
+        table.add_row(*row, end_section=i == len(found.runs) - 1, style="" if row[2] else "dim")
     return table
 
 
@@ -97,7 +95,7 @@ def encoder_readme(found: Comparison) -> str:
     return f"""# Quickstart: three ways to adapt one model
 
 all-MiniLM-L6-v2 learned to tell what a docstring is about ({found.labels} subjects) from
-{found.sizes['train']} docstrings of Python's standard library and installed packages. No module is
+{found.sizes["train"]} docstrings of Python's standard library and installed packages. No module is
 in both training and test; names that give the subject away are masked.
 
 {markdown(COLUMNS, encoder_rows(found))}
@@ -205,7 +203,7 @@ def decoder_readme(found: Adaptation) -> str:
     )
     return f"""# Quickstart: a decoder learns to write docstrings
 
-Espalier's small decoder read Python source code; LoRA then learned, from {found.sizes['train']}
+Espalier's small decoder read Python source code; LoRA then learned, from {found.sizes["train"]}
 functions of installed packages, to write the first line of a docstring after a signature, with the
 loss on that line alone. Test functions are of other modules; the source code measured is of modules
 that the base never read, and shows what the adapter forgets while it is active (switched off, the
