@@ -91,7 +91,7 @@ def read_card(folder: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The folder holds no adapter of ours, or a damaged one.
     """
-    return _read(Path(folder))[1]
+    return _read(_local(str(folder)))[1]
 
 
 def _read(folder: Path) -> tuple[Container, dict[str, Any]]:
@@ -227,7 +227,8 @@ def _compare(adapter: Adapter, opened: Container, card: dict[str, Any]) -> None:
 def _local(folder: str) -> Path:
     """A local folder; a hub id is fetched (safetensors and JSON only)."""
     path = Path(folder)
-    if path.exists() or folder.count("/") != 1 or folder.startswith((".", "/", "~")):
+    here = path.exists() or path.parent.is_dir() or folder.startswith("~")
+    if here or folder.count("/") != 1:
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (

@@ -39,7 +39,6 @@ LIBRARIES: dict[str, tuple[str, str, str]] = {
     "bitsandbytes": ("bitsandbytes", "4-bit and 8-bit bases", "quant"),
     "sacrebleu": ("sacrebleu", "BLEU", "metrics"),
     "rouge-score": ("rouge_score", "ROUGE-L", "metrics"),
-    "seqeval": ("seqeval", "entity F1", "metrics"),
 }
 
 _LEAST_MEMORY, _LEAST_DISK = 2e9, 1e9

@@ -46,13 +46,14 @@ def check(
     with aside():
         from espalier.data import check as examine
         from espalier.data import read_task
-        from espalier.training.models import load_tokenizer
+        from espalier.training.models import load_config, load_tokenizer, writing_task
 
         data = read_task(
             train,
             validation,
             test,
             task=task,
+            prefer=writing_task(load_config(model)) if model else None,
             columns=mapping(columns) if columns else None,
             limit=limit,
             validation_share=0,

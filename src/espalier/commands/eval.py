@@ -76,9 +76,7 @@ def _own_data(run: str) -> tuple[str | None, str]:
     return None, "validation"
 
 
-def _rows(
-    at: Adapted, source: str | None, split: str, columns: dict[str, str] | None
-) -> list[Row]:
+def _rows(at: Adapted, source: str | None, split: str, columns: dict[str, str] | None) -> list[Row]:
     from espalier.data import read_rows
 
     if source is not None:

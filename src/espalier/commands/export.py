@@ -32,7 +32,9 @@ def command(
     if to == "merged":
         merge.merge_into(run, folder, model, "auto")
         return
-    merge.refuse_filled(folder)
+    from espalier.training.folders import refuse_filled
+
+    refuse_filled(folder)
     at = opened(run, model)
     with aside():
         from espalier.checkpoint import save

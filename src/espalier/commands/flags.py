@@ -154,7 +154,7 @@ def method_settings(words: Sequence[str], method: object) -> list[dict[str, Any]
             names = " and ".join(classes[i].__name__ for i in at)
             raise SettingError(
                 f"{names} both have a setting {name}; write it into the method: "
-                f"--method \"{classes[at[0]].__name__}({name}={text}) + ...\""
+                f'--method "{classes[at[0]].__name__}({name}={text}) + ..."'
             )
         parts[at[0]][name] = _value(text, fields_of(classes[at[0]])[name])
     return recipe(parts).to_json()

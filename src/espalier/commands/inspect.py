@@ -81,20 +81,13 @@ def skeleton(name: str) -> nn.Module:
     import torch
     import transformers
 
-    from espalier.shipped import located
+    from espalier.training.models import load_config
 
-    name = located(name)
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         listing = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise CheckpointError(f"{name} is neither a model nor an adapter; it holds {listing}.")
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"No model at {name!r}: neither a folder here nor reachable on the hub. "
-            f"({' '.join(str(error).split())[:200]})"
-        ) from error
+    config = load_config(name)
     made = (config.architectures or [""])[0]
     with torch.device("meta"):
         if hasattr(transformers, made):

@@ -16,7 +16,7 @@ import typer
 from espalier.commands.adapters import Base, Precision, Run, opened
 from espalier.commands.noise import aside
 from espalier.commands.screen import say
-from espalier.errors import CheckpointError, SettingError
+from espalier.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +41,8 @@ def command(
 
 def merge_into(run: str, out: Path, model: str | None, precision: str) -> None:
     """Merge, save, load again, compare; `out` appears whole or not at all."""
+    from espalier.training.folders import refuse_filled
+
     refuse_filled(out)
     at = opened(run, model, precision)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -62,14 +64,6 @@ def merge_into(run: str, out: Path, model: str | None, precision: str) -> None:
         f"  model = {at.task.auto_model}.from_pretrained({str(out)!r})",
         f"  tokenizer = AutoTokenizer.from_pretrained({str(out)!r})",
     )
-
-
-def refuse_filled(out: Path) -> None:
-    """Raise SettingError where something would be overwritten."""
-    if out.is_file():
-        raise SettingError(f"--out {out} is a file; name a folder.")
-    if out.is_dir() and any(out.iterdir()):
-        raise SettingError(f"--out {out} is not empty; name another folder.")
 
 
 def _example(at: Adapted) -> dict[str, Tensor]:

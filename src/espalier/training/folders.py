@@ -27,11 +27,23 @@ def choose(config: RunConfig, method: str) -> Path:
         return config.out
     data = Path(config.train)
     name = data.parent.name if data.stem in ("train", "training", "data") else data.stem
-    stem = re.sub(r"[^\w.]+", "-", f"{name}-{method}".lower()).strip("-")
+    return first_free(re.sub(r"[^\w.]+", "-", f"{name}-{method}".lower()).strip("-"))
+
+
+def first_free(stem: str) -> Path:
+    """The first of runs/<stem>, runs/<stem>-2, … that is not there yet."""
     number, path = 1, Path("runs") / stem
     while path.exists():
         number, path = number + 1, Path("runs") / f"{stem}-{number + 1}"
     return path
+
+
+def refuse_filled(out: Path) -> None:
+    """Raise SettingError where something would be overwritten."""
+    if out.is_file():
+        raise SettingError(f"--out {out} is a file; name a folder.")
+    if out.is_dir() and any(out.iterdir()):
+        raise SettingError(f"--out {out} is not empty; name another folder.")
 
 
 def check(path: Path, config: RunConfig) -> None:
