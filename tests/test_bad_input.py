@@ -83,6 +83,27 @@ def test_selector_that_matches_nothing(world: World, espalier: Command) -> None:
     espalier.fails(*words, saying=["attention.query", "attention.q"])
 
 
+def test_a_refused_run_leaves_its_folder_free(
+    world: World, tmp_path: Path, espalier: Command
+) -> None:
+    out = tmp_path / "second-try"
+    espalier.fails(*world.train("--sites", "cross.q", "--out", out), saying=["cross.q"])
+    assert not out.exists()
+
+
+def test_a_run_that_has_not_ended_says_how_to_go_on(
+    world: World, tmp_path: Path, espalier: Command
+) -> None:
+    run = Path(shutil.copytree(world.classifier, tmp_path / "stopped"))
+    shutil.rmtree(run / "adapter")
+    espalier.fails("predict", run, "a dull day", saying=["has not ended", "--resume"])
+
+
+def test_a_misspelled_shipped_model(world: World, espalier: Command) -> None:
+    words = world.train("--model", "demo-encodr")
+    espalier.fails(*words, saying=["did you mean 'demo-encoder'"])
+
+
 def test_rank_of_zero(world: World, espalier: Command) -> None:
     espalier.fails(*world.train("--rank", 0), saying=["rank=0", "at least 1"])
     espalier.fails(*world.train("--rank", "eight"), saying=["rank='eight'", "at least 1"])

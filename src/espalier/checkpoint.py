@@ -121,6 +121,11 @@ def _weights_in(folder: Path) -> Path:
         return folder / WEIGHTS
     if (folder / "adapter" / WEIGHTS).is_file():  # a run folder
         return folder / "adapter" / WEIGHTS
+    if (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file():
+        raise CheckpointError(
+            f"the run in {folder} has not ended, so it holds no adapter yet; go on with "
+            f"espalier train --config {folder / 'config.yaml'} --resume"
+        )
     names = sorted(entry.name for entry in folder.iterdir())
     pickles = [n for n in names if n.endswith(container.PICKLES)]
     if pickles:

@@ -143,7 +143,8 @@ class Causal(Task):
                 if not isinstance(end, int):
                     raise SettingError(
                         "the tokenizer has no end-of-text token, so a model could never learn to "
-                        "stop: set tokenizer.eos_token"
+                        "stop: set tokenizer.eos_token. The tokenizer of an encoder has none: to "
+                        "write text take a decoder, such as demo-decoder"
                     )
                 whole = Encoded([*whole.ids, end], [*whole.learned, True])
             example = fit(whole, limit, int(whole.ids[:1] == [tokenizer.bos_token_id]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from espalier.deltas import Recipe
+from espalier.shipped import located
 from espalier.training.config import RunConfig
 
 if TYPE_CHECKING:
@@ -56,6 +58,9 @@ def _said(recipe: Recipe) -> list[str]:
     return lines
 
 
+_ANSWERS = ("label", "labels", "tags", "target", "score")
+
+
 def commands(task: Task, row: Row, folder: Path) -> list[str]:
     """What to type to use the adapter in a run folder, with an input like `row`."""
     run, values = shlex.quote(str(folder)), row.values
@@ -68,7 +73,9 @@ def commands(task: Task, row: Row, folder: Path) -> list[str]:
     elif set(values) <= {"text", "label"} and "text" in values:
         use = f"espalier predict {run} {_quoted(values['text'])}"
     else:
-        use = f"espalier predict {run} --data rows.jsonl"
+        given = {key: value for key, value in values.items() if key not in _ANSWERS}
+        row_text = shlex.quote(json.dumps(given, ensure_ascii=False))
+        use = f"echo {row_text} | espalier predict {run} --data -"
     return [use, f"espalier eval {run}", f"espalier merge {run} --out merged"]
 
 
@@ -82,14 +89,14 @@ def card_text(
     folder: Path,
 ) -> str:
     """The card's text, in Markdown with the usual header."""
-    header = {"library_name": "espalier", "base_model": config.model}
+    header = {"library_name": "espalier", "base_model": located(config.model)}
     header |= {"tags": ["espalier", "peft", task.name]}
     return _CARD.format(
         header=yaml.safe_dump(header, sort_keys=False).strip(),
         name=Path(config.model).name,
         task=task.name,
         methods="\n".join(f"- {line}" for line in _said(recipe)),
-        base=config.model,
+        base=located(config.model),
         trained=account["trained"] + account["head"],
         total=account["total"],
         data=config.train,

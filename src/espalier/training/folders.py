@@ -62,8 +62,8 @@ def check(path: Path, config: RunConfig) -> None:
         raise SettingError(f"There is no run to resume in {path}.")
     if filled and not (config.resume or config.overwrite):
         raise SettingError(
-            f"The run folder {path} is not empty. Choose another out, or set resume: true to go "
-            "on with the run in it, or overwrite: true to replace it."
+            f"The run folder {path} is not empty. Choose another out, or go on with the run "
+            "in it (resume: --resume), or replace it (overwrite: --overwrite)."
         )
     if filled and config.overwrite and not ours:
         raise SettingError(f"overwrite: {path} holds something that is no run; choose another out.")
@@ -92,6 +92,13 @@ def create(path: Path, config: RunConfig) -> None:
     if not config.resume:
         (path / "metrics.jsonl").touch()
         write_text(path / "config.yaml", config.replace(overwrite=False).to_yaml())
+
+
+def drop_unstarted(path: Path) -> None:
+    """Remove the folder of a run that was refused before its first step."""
+    notes = path / "metrics.jsonl"
+    if notes.is_file() and notes.stat().st_size == 0:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _existing(path: Path) -> Path:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from espalier.errors import CheckpointError, SettingError
-from espalier.shipped import located
+from espalier.errors import CheckpointError, SettingError, nearest
+from espalier.shipped import SHIPPED, located
 
 if TYPE_CHECKING:
     from espalier.tasks import Task
@@ -151,6 +152,8 @@ def _found(name: str) -> str:
         )
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~"))):
         raise CheckpointError(f"There is no model folder {name}.")
+    if not path.exists() and get_close_matches(name, SHIPPED, cutoff=0.8):
+        raise CheckpointError(f"There is no model {name!r}; {nearest(name, SHIPPED)}")
     return name
 
 

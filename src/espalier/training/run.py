@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from espalier.deltas import Method, Recipe, recipe
+from espalier.errors import CheckpointError, SettingError, SiteError
 from espalier.training import folders, models, randomness
 from espalier.training.config import RunConfig
 from espalier.training.course import go
@@ -139,5 +140,10 @@ def _folder_open(out: Outset, config: RunConfig) -> Iterator[None]:
     if out.main_folder:
         folders.create(out.main_folder, config)
     out.accelerator.wait_for_everyone()
-    with quiet(out.main_folder / "log.txt" if out.main_folder else None):
-        yield
+    try:
+        with quiet(out.main_folder / "log.txt" if out.main_folder else None):
+            yield
+    except (SettingError, SiteError, CheckpointError):
+        if out.main_folder and not config.resume:
+            folders.drop_unstarted(out.main_folder)
+        raise
