@@ -21,7 +21,7 @@ from espalier import container, identity
 from espalier.adapter import Adapter
 from espalier.container import Container
 from espalier.deltas import Recipe, base_modules, unwrap
-from espalier.errors import CheckpointError
+from espalier.errors import CheckpointError, SettingError
 from espalier.graft import Graft, find, get, install, prepare
 
 WEIGHTS = "adapter.safetensors"
@@ -68,8 +68,6 @@ def save(
         pretty = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
         container.write_text(folder / CARD, pretty)
     else:
-        from espalier.errors import SettingError
-
         raise SettingError(f"format is 'espalier' or 'peft', not {format!r}")
     return folder
 

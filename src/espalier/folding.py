@@ -93,8 +93,7 @@ def _refuse(folds: dict[str, list[Fold]], untie: bool) -> None:
                 raise AdapterError(f"{type(delta).__name__} at {path} cannot be merged")
             if delta.replaces:
                 continue
-            if delta.site.bits:
-                hosts.refuse_quantised(delta.site)
+            hosts.refuse_quantised(delta.site)
             if delta.site.tied and not untie:
                 raise AdapterError(
                     f"{path} shares its weight with {', '.join(delta.site.tied)}: merging would "

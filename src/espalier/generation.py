@@ -173,11 +173,6 @@ def predict(at: Adapted, rows: Sequence[Row], batch: int = 32) -> Iterator[dict[
             yield from _classify(at, some, batch)
 
 
-def writes(task: Task) -> bool:
-    """Whether the task's answers are generated text."""
-    return task.writes
-
-
 def _classify(at: Adapted, rows: Sequence[Row], batch: int) -> list[dict[str, Any]]:
     from espalier.data import in_order
 

@@ -97,9 +97,9 @@ def settings(
     Raises:
         SettingError: One is out of range, or the adapter's task writes no text.
     """
-    from espalier.generation import Writing, writes
+    from espalier.generation import Writing
 
-    if not writes(at.task):
+    if not at.task.writes:
         raise SettingError(
             f"The adapter in {at.folder} was trained for {at.task.name} and writes no text; "
             f"use: espalier predict {at.folder} ..."

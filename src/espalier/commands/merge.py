@@ -83,12 +83,11 @@ def _logits(model: Any, ids: dict[str, Tensor]) -> Tensor:
 def _write(at: Adapted, folder: Path) -> None:
     """The merged model, its tokenizer with the template of training, and its stop tokens."""
     import espalier as esp
-    from espalier.generation import writes
 
     esp.merge(at.model, "adapter", unload=True, untie=True)
     if at.extras.get("chat_template"):
         at.tokenizer.chat_template = at.extras["chat_template"]
-    if writes(at.task):
+    if at.task.writes:
         at.model.generation_config.eos_token_id = at.task.stop_ids(at.tokenizer)
     for name in ("temperature", "top_p", "top_k"):
         # transformers refuses to save sampling settings of a base that decodes greedily.
