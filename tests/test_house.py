@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1] / "src" / "espalier"
 FILES = sorted(ROOT.rglob("*.py"))
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
-ENGINE = [path for path in FILES if path.parent == ROOT and path.name != "__init__.py"]
+PLAIN = ROOT / "plain"
+ENGINE = [p for p in FILES if p.parent in (ROOT, PLAIN) and p.name != "__init__.py"]
 
 
 def tree(path: Path) -> ast.Module:
@@ -64,8 +65,9 @@ def test_no_engine_file_names_a_method(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "methods").glob("*.py")), ids=lambda p: p.name)
 def test_methods_know_deltas_and_places_only(path: Path) -> None:
-    allowed = {"espalier.deltas", "espalier.errors", "espalier.places", "espalier.plain"}
-    assert {name for name in imported(path) if name.startswith("espalier")} <= allowed
+    allowed = re.compile(r"espalier\.(deltas|errors|modules|places|recipes|plain\.\w+)")
+    names = {name for name in imported(path) if name.startswith("espalier")}
+    assert all(allowed.fullmatch(name) for name in names)
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)

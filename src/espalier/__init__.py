@@ -18,10 +18,16 @@ from espalier import errors
 if TYPE_CHECKING:
     from espalier.accounting import account
     from espalier.checkpoint import load, read_card, save
-    from espalier.deltas import Delta, Method, Recipe, Trained, recipe
+    from espalier.deltas import Delta, Trained
     from espalier.errors import EspalierError
     from espalier.folding import merge, unmerge
-    from espalier.graft import (
+    from espalier.methods.full import FullTuning
+    from espalier.methods.head import HeadOnly
+    from espalier.methods.lora import LoRA
+    from espalier.places import Site, Sites, sites
+    from espalier.recipes import Method, Recipe, recipe
+    from espalier.training import RunConfig, RunResult, fit, train
+    from espalier.verbs import (
         activate,
         active,
         attach,
@@ -32,11 +38,6 @@ if TYPE_CHECKING:
         parameters,
         thaw,
     )
-    from espalier.methods.full import FullTuning
-    from espalier.methods.head import HeadOnly
-    from espalier.methods.lora import LoRA
-    from espalier.places import Site, Sites, sites
-    from espalier.training import RunConfig, RunResult, fit, train
 
 __version__ = "0.1.0"
 
@@ -44,14 +45,15 @@ __version__ = "0.1.0"
 _MODULES = {
     "accounting": ("account",),
     "checkpoint": ("load", "read_card", "save"),
-    "deltas": ("Delta", "Method", "Recipe", "Trained", "recipe"),
+    "deltas": ("Batch", "Call", "Delta", "Kept", "Trained"),
     "errors": ("EspalierError",),
     "folding": ("merge", "unmerge"),
-    "graft": (
+    "verbs": (
         *("activate", "active", "attach", "dead_sites", "detach"),
         *("freeze", "groups", "parameters", "thaw"),
     ),
     "places": ("Site", "Sites", "sites"),
+    "recipes": ("Method", "Recipe", "recipe"),
     "training": ("RunConfig", "RunResult", "fit", "train"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -69,7 +71,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         value = getattr(importlib.import_module(f"espalier.{_HOME[name]}"), name)
     elif name[:1].isupper():
-        from espalier.deltas import methods
+        from espalier.recipes import methods
 
         if name not in methods():
             raise AttributeError(f"espalier has no {name!r}")

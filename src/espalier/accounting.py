@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from espalier.deltas import base_modules
 from espalier.graft import get
+from espalier.modules import base_modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Account:
 def account(model: nn.Module, name: str) -> Account:
     """Count an attached adapter. Raises AdapterError when there is none of that name."""
     adapter = get(model, name)
-    slots = [slot for group in adapter.slots.values() for slot in group]
+    slots = [slot for kind in adapter.flat for slot in adapter.slots[kind]]
     in_head = [slot for slot in slots if slot.label.startswith("head/")]
     of_head = {id(delta) for slot in in_head for delta, _ in slot.users}
     head = sum(slot.stop - slot.start for slot in in_head)
@@ -77,6 +77,6 @@ def account(model: nn.Module, name: str) -> Account:
         head=head,
         changed=min(sum(counts.values()), sum(own.values())),
         rank=max(bounds, default=0) if len(bounds) == len(ranks) else None,
-        bytes=sum(flat.numel() * flat.element_size() for flat in adapter.flat.values()),
+        bytes=sum(flat.numel() * flat.element_size() for flat in adapter.runs.values()),
         total=sum(own.values()),
     )

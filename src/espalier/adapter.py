@@ -1,9 +1,10 @@
-"""A named recipe attached to a model: all its trained numbers in one or two flat buffers.
+"""A named recipe attached to a model: all its trained numbers in a few flat buffers.
 
 The optimiser, saving, loading and moving touch a flat tensor; each delta sees views of it. The
 views come from one autograd function whose backward lays their gradients side by side, so that a
 backward pass fills one gradient per buffer however many sites there are, and nothing is rebuilt
-from step to step. Matrices and vectors have separate buffers: weight decay is for matrices only.
+from step to step. Matrices and vectors have separate buffers: weight decay is for matrices only;
+so have numbers with a learning rate of their own, and those that are kept but never trained.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.deltas import Delta, Recipe, Trained
-
-KINDS = ("matrices", "vectors")
+from espalier.deltas import Delta, Kept, Trained
+from espalier.recipes import Recipe
 
 
 @dataclass(slots=True, eq=False)
@@ -89,15 +89,19 @@ class Adapter(nn.Module):
         super().__init__()
         self.name, self.recipe, self.head = name, recipe, head
         self.deltas: list[Delta] = []
-        self.slots: dict[str, list[Slot]] = {kind: [] for kind in KINDS}
+        self.slots: dict[str, list[Slot]] = {}
         self.refresh: Callable[[], None] = _nothing  # told when the views were made anew
         self._seen: tuple[object, ...] = ()
+        self.rates: dict[str, float] = {}  # factor on the learning rate, by kind of buffer
         specs = self._lay_out(deltas)
+        self.told = [d for d in self.deltas if type(d).begin is not Delta.begin]
         for kind, slots in self.slots.items():
-            if not slots:
-                continue
-            flat = nn.Parameter(torch.zeros(slots[-1].stop, dtype=dtype, device=device))
-            self.register_parameter(kind, flat)
+            form = torch.int64 if kind == "indices" else dtype
+            flat = torch.zeros(slots[-1].stop, dtype=form, device=device)
+            if isinstance(specs[slots[0].label], Kept):
+                self.register_buffer(kind, flat)
+            else:
+                self.register_parameter(kind, nn.Parameter(flat))
             with torch.no_grad():
                 for slot in slots:
                     init = specs[slot.label].init
@@ -115,7 +119,8 @@ class Adapter(nn.Module):
             for key, spec in delta.trained.items():
                 slot = known.get(id(spec))
                 if slot is None:
-                    slots = self.slots["matrices" if spec.decays else "vectors"]
+                    slots = self.slots.setdefault(spec.kind, [])
+                    self.rates[spec.kind] = spec.rate
                     start = slots[-1].stop if slots else 0
                     name = f"{label}/{key}"
                     slot = Slot(name, spec.shape, start, start + math.prod(spec.shape))
@@ -123,24 +128,28 @@ class Adapter(nn.Module):
                     known[id(spec)] = slot
                     specs[name] = spec
                 slot.users.append((delta, key))
+        self.slots = dict(sorted(self.slots.items()))
         return specs
 
     @property
     def flat(self) -> dict[str, nn.Parameter]:
         """The flat buffers by kind; every trained number of the adapter is in one of them."""
-        flats = ((kind, self._parameters.get(kind)) for kind in KINDS)
-        return {kind: flat for kind, flat in flats if flat is not None}
+        return {kind: flat for kind, flat in self._parameters.items() if flat is not None}
+
+    @property
+    def runs(self) -> dict[str, Tensor]:
+        """All flat buffers by kind, also those that are kept and never trained."""
+        kept = {kind: flat for kind, flat in self._buffers.items() if flat is not None}
+        return {**self.flat, **kept}
 
     def sync(self) -> None:
         """Make the deltas' views anew if a buffer was moved, replaced, frozen or thawed."""
-        flats = self.flat
-        seen = tuple(
-            item for p in flats.values() for item in (id(p), p.data_ptr(), p.requires_grad)
-        )
+        runs = self.runs
+        seen = tuple(item for p in runs.values() for item in (id(p), p.data_ptr(), p.requires_grad))
         if seen == self._seen:
             return
         with torch.inference_mode(False), torch.enable_grad():
-            for kind, flat in flats.items():
+            for kind, flat in runs.items():
                 views = _Views.apply(flat, self.slots[kind])
                 for slot, view in zip(self.slots[kind], views, strict=True):
                     for delta, key in slot.users:
@@ -150,7 +159,7 @@ class Adapter(nn.Module):
 
     def named(self) -> Iterable[tuple[str, Tensor]]:
         """(label, numbers) of every slot, detached, sharing memory with the buffers."""
-        for kind, flat in self.flat.items():
+        for kind, flat in self.runs.items():
             for slot in self.slots[kind]:
                 yield slot.label, slot.of(flat.detach())
 
@@ -164,8 +173,8 @@ class Adapter(nn.Module):
                         alive.update(id(delta) for delta, _ in slot.users)
         dead = {
             slot.label.rpartition("/")[0]
-            for slots in self.slots.values()
-            for slot in slots
+            for kind in self.flat
+            for slot in self.slots[kind]
             if not any(id(delta) in alive for delta, _ in slot.users)
         }
         return sorted(dead)

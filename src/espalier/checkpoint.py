@@ -20,9 +20,11 @@ from torch import nn
 from espalier import container, identity
 from espalier.adapter import Adapter
 from espalier.container import Container
-from espalier.deltas import Recipe, base_modules, unwrap
 from espalier.errors import CheckpointError, SettingError
-from espalier.graft import Graft, find, get, install, prepare
+from espalier.graft import Graft, find, get
+from espalier.modules import base_modules, unwrap
+from espalier.recipes import Recipe
+from espalier.verbs import install, prepare
 
 WEIGHTS = "adapter.safetensors"
 CARD = "adapter.json"
@@ -63,8 +65,8 @@ def save(
     elif format == "espalier":
         card = _card(model, adapter, extras or {})
         text = json.dumps(card, ensure_ascii=False)
-        flats = adapter.flat.values()
-        container.write(folder / WEIGHTS, adapter.named(), flats, {"espalier": text})
+        runs = adapter.runs.values()
+        container.write(folder / WEIGHTS, adapter.named(), runs, {"espalier": text})
         pretty = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
         container.write_text(folder / CARD, pretty)
     else:
@@ -184,12 +186,12 @@ def _rebuild(
             f"{opened.path} brings a task head at {', '.join(lacking)}, which this "
             f"{type(model).__name__} lacks; it was trained on a {card['base']['class']}"
         )
-    dtypes = {entry.dtype for entry in opened.entries.values()}
+    dtypes = {e.dtype for e in opened.entries.values() if e.dtype.is_floating_point}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     head = card["head"] or False
     graft, adapter = prepare(model, recipe, name, head=head, dtype=dtype, fresh=False)
     _compare(adapter, opened, card)
-    for kind, flat in adapter.flat.items():
+    for kind, flat in adapter.runs.items():
         slots = adapter.slots[kind]
         first = opened.entries[slots[0].label].start
         entries = [opened.entries[slot.label] for slot in slots]

@@ -9,10 +9,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from espalier import hosts
-from espalier.deltas import Delta, base_modules, unwrap
+from espalier.deltas import Delta
 from espalier.errors import AdapterError
-from espalier.graft import Choice, Graft, detach, find, resolve
-from espalier.seat import place, take
+from espalier.graft import Graft, find
+from espalier.modules import base_modules, unwrap
+from espalier.verbs import Choice, detach, resolve
 
 Fold = tuple[Delta, float]
 
@@ -105,7 +106,9 @@ def _fold(host: nn.Module, deltas: list[Fold], untie: bool) -> list[hosts.Undo]:
     undo: list[hosts.Undo] = []
     for delta, _ in deltas:
         if delta.replaces:
-            undo += [hosts.put(host, name, value.clone()) for name, value in delta.t.items()]
+            own = {name: hosts.parameter(host, name) for name in delta.parameters}
+            found = delta.effective(delta.t, own)
+            undo += [hosts.put(host, name, value.clone()) for name, value in found.items()]
     changes = [(delta, weight) for delta, weight in deltas if not delta.replaces]
     if not changes:
         return undo
@@ -116,7 +119,7 @@ def _fold(host: nn.Module, deltas: list[Fold], untie: bool) -> list[hosts.Undo]:
         w, b = _changed(delta, weight, w, b)
     undo.append(hosts.write(host, site, w, untie and bool(site.tied)))
     if b is not None and b is not old:
-        undo.append(hosts.put(host, "bias", b))
+        undo.append(hosts.put_bias(host, b))
     return undo
 
 
@@ -126,8 +129,8 @@ def _changed(
     """Weight and bias with one delta folded in, on the rows that are the delta's."""
     t = {key: value.detach().float() for key, value in delta.t.items()}
     rows = delta.site.rows
-    part = w if rows is None else take(w.T, rows).T
-    part_b = b if rows is None or b is None else take(b, rows)
+    part = w if rows is None else rows.take(w.T).T
+    part_b = b if rows is None or b is None else rows.take(b)
     new, new_b = delta.fold(t, part, part_b)
     if weight != 1.0:
         new = part + weight * (new - part)
@@ -135,5 +138,5 @@ def _changed(
             new_b = part_b + weight * (new_b - part_b)
     if rows is None:
         return new, new_b
-    whole_b = b if new_b is part_b or b is None or new_b is None else place(b, rows, new_b)
-    return place(w.T, rows, new.T).T, whole_b
+    whole_b = b if new_b is part_b or b is None or new_b is None else rows.place(b, new_b)
+    return rows.place(w.T, new.T).T, whole_b

@@ -1,4 +1,4 @@
-"""Putting adapters into a live model and taking them out: attach, activate, detach, parameters.
+"""What stands in one model: its adapters, its seats, and which adapters are live.
 
 Everything of ours in a model is one reserved child of its root, `espalier`, which holds the
 adapters' buffers, and one bound method per adapted module (seat.py). Trained copies of the base's
@@ -8,7 +8,7 @@ before the registered parameter: the base's keys and values stay where they were
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -17,14 +17,11 @@ from torch import Tensor, nn
 
 from espalier import hosts
 from espalier.adapter import Adapter
-from espalier.deltas import CHILD, Delta, Method, Recipe, base_modules, recipe, unwrap
-from espalier.errors import AdapterError, SettingError, SiteError, nearest
-from espalier.heads import Head, head_modules
-from espalier.places import Sites, sites
-from espalier.plain import replacements
+from espalier.deltas import Batch, Delta
+from espalier.errors import AdapterError, nearest
+from espalier.modules import base_modules, unwrap
+from espalier.places import CHILD, Sites, sites
 from espalier.seat import Seat
-
-Choice = str | Sequence[str] | Mapping[str, float] | None
 
 
 class Graft(nn.Module):
@@ -59,26 +56,31 @@ class Graft(nn.Module):
         modules = base_modules(model)
         stand_ins = self.stand_ins[adapter.name] = []
         for delta in adapter.deltas:
+            for path in delta.watches:
+                seat = self._seat(path, modules[path])
+                seat.watchers.setdefault(adapter.name, []).append(delta)
             host = modules[delta.site.path]
-            if delta.replaces and all(
-                v.dtype == hosts.parameter(host, k).dtype for k, v in delta.t.items()
-            ):
+            if _direct(delta, host):
                 stand_ins.append((host, delta))
-                continue
-            seat = self.seats.get(delta.site.path)
-            if seat is None:
-                seat = self.seats[delta.site.path] = Seat(host, self)
-            seat.deltas.setdefault(adapter.name, []).append(delta)
+            else:
+                seat = self._seat(delta.site.path, host)
+                seat.deltas.setdefault(adapter.name, []).append(delta)
         self.adapters[adapter.name] = adapter
         self.add_module(_key(adapter.name), adapter)
         adapter.refresh = self.refresh
+
+    def _seat(self, path: str, host: nn.Module) -> Seat:
+        if path not in self.seats:
+            self.seats[path] = Seat(path, host, self)
+        return self.seats[path]
 
     def remove(self, name: str) -> None:
         """Forget an adapter; seats that hold nothing any more leave their hosts."""
         del self.adapters[name], self._modules[_key(name)], self.stand_ins[name]
         for path, seat in list(self.seats.items()):
             seat.deltas.pop(name, None)
-            if not seat.deltas and seat.leave():
+            seat.watchers.pop(name, None)
+            if not (seat.deltas or seat.watchers) and seat.leave():
                 del self.seats[path]
 
     def refresh(self) -> None:
@@ -101,14 +103,25 @@ class Graft(nn.Module):
                 "an adapter is merged into this model; call esp.unmerge(model) first"
             )
 
-    def before(self, *_: object) -> None:
-        """Runs before the model's forward: follow buffers that were moved, replaced or frozen."""
-        if torch.compiler.is_compiling():
-            return
-        for name, _weight in self.live:
-            self.adapters[name].sync()
-        if self._stale:
-            self.refresh()
+    def before(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Runs before the model's forward.
+
+        Follows buffers that were moved, replaced or frozen, and tells the deltas that mind it what
+        the model was given.
+        """
+        if not torch.compiler.is_compiling():
+            for name, _weight in self.live:
+                self.adapters[name].sync()
+            if self._stale:
+                self.refresh()
+        told = [d for name, _ in self.live for d in self.adapters[name].told]
+        if told:
+            batch = _batch(kwargs, model.training)
+            for delta in told:
+                delta.begin(batch)
+        return None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graft:
         copy = self.__new__(type(self))
@@ -118,6 +131,22 @@ class Graft(nn.Module):
             adapter.sync()
         copy._stale = True  # modules still being copied lose what was just put into them
         return copy
+
+
+def _direct(delta: Delta, host: nn.Module) -> bool:
+    """Whether the delta's views themselves can stand in for the host's parameters."""
+    return (
+        delta.replaces
+        and type(delta).effective is Delta.effective
+        and all(v.dtype == hosts.parameter(host, k).dtype for k, v in delta.t.items())
+    )
+
+
+def _batch(kwargs: dict[str, Any], training: bool) -> Batch:
+    cache = kwargs.get("past_key_values")
+    continuing = cache is not None and bool(cache.get_seq_length())
+    mask, decoder_mask = kwargs.get("attention_mask"), kwargs.get("decoder_attention_mask")
+    return Batch(mask, decoder_mask, continuing, training)
 
 
 def _placeholder(memo: dict[int, Any]) -> Tensor:
@@ -144,238 +173,3 @@ def get(model: nn.Module, name: str) -> Adapter:
     if name not in adapters:
         raise AdapterError(f"no adapter {name!r} in this model; {nearest(name, adapters)}")
     return adapters[name]
-
-
-def attach(
-    model: nn.Module,
-    method: Method | Recipe | str | object,
-    name: str = "default",
-    *,
-    head: Head = "auto",
-    dtype: torch.dtype = torch.float32,
-) -> None:
-    """Freeze the base, add a recipe's deltas under a name, and make them the active adapter.
-
-    Args:
-        model: Any transformers model or torch module. It keeps its class and its keys.
-        method: A method, a sum of methods, or text such as "LoRA(rank=8)".
-        name: Any text; several adapters may be attached.
-        head: The task head to train and save with it: "auto" finds the newly initialised one,
-            False trains none, a list names modules.
-        dtype: Type of the trained numbers; fp32 by default, also over a bf16 base.
-
-    Raises:
-        SettingError: The recipe is wrong.
-        SiteError: A selector matches nothing, or a method cannot stand where it was sent.
-        AdapterError: The name is taken, or an adapter is merged into the base.
-    """
-    graft, adapter = prepare(model, recipe(method), name, head=head, dtype=dtype)
-    install(model, graft, adapter)
-
-
-def prepare(
-    model: nn.Module,
-    parts: Recipe,
-    name: str,
-    *,
-    head: Head,
-    dtype: torch.dtype,
-    fresh: bool = True,
-) -> tuple[Graft, Adapter]:
-    """An adapter built for a model and the graft to install it with; the model is untouched.
-
-    With `fresh` its numbers start as the methods say, else as zeros that the caller fills.
-    """
-    model = unwrap(model)
-    graft = model._modules.get(CHILD)
-    if not isinstance(graft, Graft):
-        graft = Graft(model)
-    _check_free(graft, name)
-    deltas, paths = _deltas(model, graft.places, parts, head)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return graft, Adapter(name, parts, deltas, paths, device, dtype, fresh)
-
-
-def install(model: nn.Module, graft: Graft, adapter: Adapter) -> None:
-    """Put a prepared adapter into the model, freeze the base, and make the adapter active."""
-    model = unwrap(model)
-    if CHILD not in model._modules:
-        model.add_module(CHILD, graft)
-        model.register_forward_pre_hook(graft.before)
-    graft.add(model, adapter)
-    prefix = CHILD + "."
-    for path, parameter in model.named_parameters():
-        if parameter.requires_grad and not path.startswith(prefix):
-            parameter.requires_grad = False
-    activate(model, adapter.name)
-
-
-def _check_free(graft: Graft, name: str) -> None:
-    if not isinstance(name, str) or not name:
-        raise SettingError(f"an adapter's name is text of at least one letter, not {name!r}")
-    if name in graft.adapters:
-        raise AdapterError(
-            f"an adapter {name!r} is attached already; detach it first or choose another name"
-        )
-    graft.refuse_merged()
-
-
-def _deltas(
-    model: nn.Module, places: Sites, parts: Recipe, head: Head
-) -> tuple[list[tuple[str, Delta]], tuple[str, ...]]:
-    """Every delta of a recipe with its label, the task head's last; and the head's modules."""
-    deltas: list[tuple[str, Delta]] = []
-    for index, method in enumerate(parts.methods):
-        for delta in method.deltas(model, places):
-            rows = f":{delta.site.role}" if delta.site.rows else ""
-            deltas.append((f"{index}/{delta.site.path}{rows}", delta))
-    taken = _replaced([delta for _, delta in deltas], parts)
-    modules = {path: model.get_submodule(path) for path in head_modules(model, places, head)}
-    heads = replacements(modules, lambda path, name: (path, name) not in taken)
-    deltas += [(f"head/{delta.site.path}", delta) for delta in heads]
-    # A method may have taken all of a head (full tuning); it is the task's head all the same.
-    paths = tuple(path for path, module in modules.items() if module._parameters)
-    if not deltas:
-        raise SiteError(
-            f"{parts} trains nothing here: this model has no newly initialised head. "
-            'Name its modules with head=["classifier"], or choose a method that adds something'
-        )
-    return deltas, paths
-
-
-def _replaced(deltas: Iterable[Delta], parts: Recipe) -> set[tuple[str, str]]:
-    """(path, name) of every parameter that has a trained copy; none may have two."""
-    taken: set[tuple[str, str]] = set()
-    for delta in deltas:
-        for key in delta.trained if delta.replaces else ():
-            if (delta.site.path, key) in taken:
-                raise SettingError(
-                    f"two methods of {parts} both train {delta.site.path}.{key} itself; leave "
-                    "it to one of them"
-                )
-            taken.add((delta.site.path, key))
-    return taken
-
-
-def activate(model: nn.Module, choice: Choice) -> None:
-    """Make one adapter active, several (stacked in order), a weighted mix, or none.
-
-    Args:
-        model: A model with adapters.
-        choice: A name, a list of names, {"a": 0.7, "b": 0.3}, or None for the bare base. A weight
-            scales what an adapter adds; a task head is taken whole.
-
-    Raises:
-        AdapterError: An unknown name; a merged adapter; two adapters that both replace one tensor.
-    """
-    live = resolve(model, choice)
-    graft = find(model)
-    graft.live = live
-    for name, _ in live:
-        graft.adapters[name].sync()
-    graft.refresh()
-
-
-def resolve(model: nn.Module, choice: Choice) -> tuple[tuple[str, float], ...]:
-    """(name, weight) of the chosen adapters, checked as `activate` says."""
-    find(model).refuse_merged()
-    if isinstance(choice, str):
-        choice = (choice,)
-    pairs: Iterable[tuple[str, float]] = (
-        choice.items() if isinstance(choice, Mapping) else ((name, 1.0) for name in choice or ())
-    )
-    live = tuple((name, float(weight)) for name, weight in pairs)
-    owner: dict[tuple[str, str], str] = {}
-    for name, _ in live:
-        adapter = get(model, name)
-        for delta in adapter.deltas if len(live) > 1 else ():
-            for key in delta.t if delta.replaces else ():
-                other = owner.setdefault((delta.site.path, key), name)
-                if other != name:
-                    raise AdapterError(
-                        f"adapters {other!r} and {name!r} both bring their own "
-                        f"{delta.site.path}.{key}; activate one of them"
-                    )
-    return live
-
-
-def active(model: nn.Module) -> dict[str, float]:
-    """The active adapters with their weights, in the order in which they act."""
-    return dict(find(model).live)
-
-
-def only_active(model: nn.Module) -> str:
-    """The name of the one active adapter. Raises AdapterError when none or several are active."""
-    names = list(active(model))
-    if len(names) != 1:
-        found = ", ".join(map(repr, names)) or "none"
-        raise AdapterError(
-            f"one adapter should be active, found {found}; choose it with esp.activate(model, name)"
-        )
-    return names[0]
-
-
-def detach(model: nn.Module, name: str) -> None:
-    """Take an adapter out. With the last one the model is as it was before the first.
-
-    Raises:
-        AdapterError: It is unknown, or merged into the base.
-    """
-    graft = find(model)
-    get(model, name)
-    graft.refuse_merged()
-    activate(model, {n: w for n, w in graft.live if n != name})
-    graft.remove(name)
-    if graft.adapters:
-        return
-    model = unwrap(model)
-    del model._modules[CHILD]
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if getattr(hook, "__self__", None) is graft:
-            del model._forward_pre_hooks[key]
-    thawed = set(graft.thawed)
-    for path, parameter in model.named_parameters():
-        parameter.requires_grad = path in thawed
-
-
-def freeze(model: nn.Module, name: str) -> None:
-    """Keep an adapter's numbers fixed from now on; it can be active beside one that trains."""
-    adapter = get(model, name)
-    adapter.requires_grad_(False)
-    adapter.sync()
-
-
-def thaw(model: nn.Module, name: str) -> None:
-    """Let an adapter train again."""
-    adapter = get(model, name)
-    adapter.requires_grad_(True)
-    adapter.sync()
-
-
-def parameters(model: nn.Module) -> list[nn.Parameter]:
-    """What trains: the flat buffers of the active adapters that are not frozen."""
-    return [p for group in groups(model) for p in group["params"]]
-
-
-def groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """Parameter groups for an optimiser; vectors (biases, scales, norms) are never decayed."""
-    graft = find(model)
-    flats = [
-        (kind, flat)
-        for name, _ in graft.live
-        for kind, flat in graft.adapters[name].flat.items()
-        if flat.requires_grad
-    ]
-    decay = {"matrices": weight_decay, "vectors": 0.0}
-    return [{"params": [flat], "weight_decay": decay[kind], "name": kind} for kind, flat in flats]
-
-
-def dead_sites(model: nn.Module) -> list[str]:
-    """Sites of the training adapters where the last backward left no gradient other than zero."""
-    graft = find(model)
-    return [
-        label
-        for name, _ in graft.live
-        if any(p.requires_grad for p in graft.adapters[name].parameters())
-        for label in graft.adapters[name].dead()
-    ]

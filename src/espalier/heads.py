@@ -7,8 +7,8 @@ from typing import Literal
 
 from torch import nn
 
-from espalier.deltas import base_modules
 from espalier.errors import SiteError, nearest
+from espalier.modules import base_modules
 from espalier.places import Sites
 
 Head = Literal["auto"] | bool | Sequence[str]

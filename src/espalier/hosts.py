@@ -38,6 +38,22 @@ def bias(host: nn.Module) -> Tensor | None:
     return None if own is None else own.detach().to(torch.float32)
 
 
+def current(host: nn.Module, site: Site, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weight (out, in) and bias that the host computes with now, cut to the site's rows.
+
+    Where a trained copy stands in for a parameter, it is the copy.
+    """
+    weight, own = host.weight, host.__dict__.get("bias", host._parameters.get("bias"))
+    assert isinstance(weight, Tensor)
+    if site.bits:
+        weight = _dequantised(host, parameter(host, "weight"))
+    weight = (weight.T if site.kind == "conv1d" else weight).to(dtype)
+    found = {"weight": weight if site.rows is None else site.rows.take(weight.T).T}
+    if isinstance(own, Tensor):
+        found["bias"] = (own if site.rows is None else site.rows.take(own)).to(dtype)
+    return found
+
+
 def write(host: nn.Module, site: Site, weight: Tensor, untie: bool = False) -> Undo:
     """Put a float32 weight into the host, cast once; returns what restores the exact old bits.
 
@@ -86,6 +102,16 @@ def put(host: nn.Module, name: str, value: Tensor, own: bool = False) -> Undo:
         return partial(setattr, host, name, known)
     old, known.data = known.data, fresh
     return partial(setattr, known, "data", old)
+
+
+def put_bias(host: nn.Module, value: Tensor) -> Undo:
+    """Give a host a bias, also one that had none; returns what restores the exact old bits."""
+    if host._parameters.get("bias") is not None:
+        return put(host, "bias", value)
+    weight = parameter(host, "weight")
+    fresh = value.detach().to(weight.device, weight.dtype)
+    host.register_parameter("bias", nn.Parameter(fresh, requires_grad=False))
+    return partial(host.register_parameter, "bias", None)
 
 
 def scaled(host: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 __all__ = ["CHILD", "Conv", "Rows", "Site", "Sites", "sites"]
 
@@ -39,6 +39,21 @@ class Rows:
     def size(self) -> int:
         """How many output features these are."""
         return self.groups * (self.stop - self.start)
+
+    def take(self, y: Tensor) -> Tensor:
+        """These features of y (…, groups·width): (…, size)."""
+        if self.groups == 1:
+            return y[..., self.start : self.stop]
+        return y.unflatten(-1, (self.groups, self.width))[..., self.start : self.stop].flatten(-2)
+
+    def place(self, y: Tensor, part: Tensor) -> Tensor:
+        """Y with these features replaced by `part`; y itself is not written to."""
+        import torch
+
+        whole = y.unflatten(-1, (self.groups, self.width))
+        inner = part.unflatten(-1, (self.groups, self.stop - self.start))
+        parts = (whole[..., : self.start], inner, whole[..., self.stop :])
+        return torch.cat(parts, dim=-1).flatten(-2)
 
 
 @dataclass(frozen=True, slots=True)

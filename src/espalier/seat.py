@@ -7,84 +7,150 @@ breaks also when put on after `torch.compile`, survives accelerate's hooks, and 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from espalier import hosts
-from espalier.deltas import Delta
+from espalier.deltas import Call, Delta
 
 if TYPE_CHECKING:
     from espalier.graft import Graft
-    from espalier.places import Rows
 
 
 class Seat:
     """The deltas of one host, by adapter.
 
     Attributes:
-        host: The module whose output they change.
+        path: The host's path.
+        host: The module whose input or output they change.
         deltas: For each adapter's name its deltas here, in the order in which they act.
+        watchers: For each adapter's name the deltas elsewhere that mind this host's calls.
     """
 
-    __slots__ = ("deltas", "graft", "host", "inner", "scaled")
+    __slots__ = ("deltas", "graft", "host", "inner", "path", "scaled", "watchers")
 
-    def __init__(self, host: nn.Module, graft: Graft) -> None:
+    def __init__(self, path: str, host: nn.Module, graft: Graft) -> None:
+        self.path = path
         self.host = host
         self.graft = graft
         self.inner = host.__dict__.get("forward")  # another library's forward on this instance
         self.deltas: dict[str, list[Delta]] = {}
+        self.watchers: dict[str, list[Delta]] = {}
         self.scaled = hosts.scaled(host)
         host.forward = self.forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The host's output, changed by the deltas of the active adapters in turn."""
+        graft = self.graft
         live = [
-            (delta, weight)
-            for name, weight in self.graft.live
-            for delta in self.deltas.get(name, ())
+            (delta, weight) for name, weight in graft.live for delta in self.deltas.get(name, ())
         ]
+        result = self._changed(live, args, kwargs) if live else self._inner(args, kwargs)
+        if self.watchers:
+            self._tell(live, args, kwargs, result)
+        return result
+
+    def _changed(
+        self, live: list[tuple[Delta, float]], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         stood_in = [delta for delta, _ in live if delta.replaces]
-        y = self._with(stood_in, args, kwargs) if stood_in else self._inner(args, kwargs)
-        if len(live) == len(stood_in):
-            return y
-        x = args[0] if args else next(iter(kwargs.values()))
-        if x.is_floating_point() and x.dtype != y.dtype:
-            x = x.to(y.dtype)
         for delta, weight in live:
-            if not delta.replaces:
+            if type(delta).before is not Delta.before:
+                args, kwargs = self._before(delta, weight, args, kwargs)
+        result = self._with(stood_in, args, kwargs) if stood_in else self._inner(args, kwargs)
+        if len(live) == len(stood_in):
+            return result
+        y = _first(result)
+        x = _given(args, kwargs)
+        for delta, weight in live:
+            if type(delta).after is not Delta.after:
                 y = self._after(delta, weight, x, y)
-        return y
+        return y if isinstance(result, Tensor) else (y, *result[1:])
 
     def _inner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.inner is not None:
             return self.inner(*args, **kwargs)
         return type(self.host).forward(self.host, *args, **kwargs)
 
-    def _after(self, delta: Delta, weight: float, x: Tensor, y: Tensor) -> Tensor:
+    def _tell(
+        self,
+        live: list[tuple[Delta, float]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+    ) -> None:
+        """Leave this call with the deltas that mind it."""
+        for name, _ in self.graft.live:
+            for delta in self.watchers.get(name, ()):
+                again = partial(self._again, live, args[1:], kwargs)
+                delta.seen[self.path] = Call(_given(args, kwargs), _first(result), again)
+
+    def _again(
+        self,
+        live: list[tuple[Delta, float]],
+        rest: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        x: Tensor,
+    ) -> Tensor:
+        """The host, deltas and all, applied to another input."""
+        if live:
+            return _first(self._changed(live, (x, *rest), kwargs))
+        return _first(self._inner((x, *rest), kwargs))
+
+    def tensors(self, delta: Delta, like: Tensor) -> dict[str, Tensor]:
+        """A delta's numbers in the type and on the device of the computation."""
         t = {
-            key: v if v.dtype == y.dtype and v.device == y.device else v.to(y.device, y.dtype)
+            key: v.to(like.device)
+            if not v.is_floating_point()
+            else v
+            if v.dtype == like.dtype and v.device == like.device
+            else v.to(like.device, like.dtype)
             for key, v in delta.t.items()
         }
+        if delta.reads_host:
+            t.update(hosts.current(self.host, delta.site, like.dtype))
+        return t
+
+    def _before(
+        self, delta: Delta, weight: float, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        x = _given(args, kwargs)
+        changed = delta.before(self.tensors(delta, x), x, self.host.training)
+        if weight != 1.0:
+            changed = x + weight * (changed - x)
+        if args:
+            return (changed, *args[1:]), kwargs
+        return args, {**kwargs, next(iter(kwargs)): changed}
+
+    def _after(self, delta: Delta, weight: float, x: Tensor, y: Tensor) -> Tensor:
+        enter = delta.site.enter
+        if enter in delta.seen:
+            x = delta.seen[enter].x
+        if x.is_floating_point() and x.dtype != y.dtype:
+            x = x.to(y.dtype)
+        t = self.tensors(delta, y)
         rows = delta.site.rows
-        before = y if rows is None else take(y, rows)
+        before = y if rows is None else rows.take(y)
         if self.scaled:
             gain = hosts.gain(self.host)
             after = delta.after(t, x, before / gain, self.host.training) * gain
         else:
             after = delta.after(t, x, before, self.host.training)
+        delta.seen.clear()
         if weight != 1.0:
             after = before + weight * (after - before)
-        return after if rows is None else place(y, rows, after)
+        return after if rows is None else rows.place(y, after)
 
     def _with(self, deltas: list[Delta], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The host's own forward with trained copies, cast to its type, in place of parameters."""
+        """The host's own forward with trained values, cast to its type, in place of parameters."""
         own = self.host.__dict__
-        names = [name for delta in deltas for name in delta.t]
+        names = [name for delta in deltas for name in delta.parameters]
         for delta in deltas:
-            for name, value in delta.t.items():
-                own[name] = value.to(hosts.parameter(self.host, name).dtype)
+            held = {name: hosts.parameter(self.host, name) for name in delta.parameters}
+            for name, value in delta.effective(delta.t, held).items():
+                own[name] = value.to(held[name].dtype)
         try:
             return self._inner(args, kwargs)
         finally:
@@ -102,15 +168,11 @@ class Seat:
         return True
 
 
-def take(y: Tensor, rows: Rows) -> Tensor:
-    """The features of y (…, groups·width) that belong to `rows`: (…, groups·(stop − start))."""
-    if rows.groups == 1:
-        return y[..., rows.start : rows.stop]
-    return y.unflatten(-1, (rows.groups, rows.width))[..., rows.start : rows.stop].flatten(-2)
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a module was given: its first argument."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
-def place(y: Tensor, rows: Rows, part: Tensor) -> Tensor:
-    """The output with the features of `rows` replaced by `part`; y itself is not written to."""
-    whole = y.unflatten(-1, (rows.groups, rows.width))
-    inner = part.unflatten(-1, (rows.groups, rows.stop - rows.start))
-    return torch.cat((whole[..., : rows.start], inner, whole[..., rows.stop :]), dim=-1).flatten(-2)
+def _first(result: Any) -> Tensor:
+    """What a module gave: its output, or the first of several."""
+    return result if isinstance(result, Tensor) else result[0]

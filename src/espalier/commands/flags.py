@@ -18,7 +18,7 @@ import yaml
 from espalier.errors import SettingError, nearest
 
 if TYPE_CHECKING:
-    from espalier.deltas import Method
+    from espalier.recipes import Method
 
 _WIDE = 24  # longer lists of choices stand in the help's text, not in its column
 # The field with which each panel of the help begins.
@@ -139,7 +139,7 @@ def method_settings(words: Sequence[str], method: object) -> list[dict[str, Any]
     Raises:
         SettingError: A flag is no setting of the run or of the method; names the nearest.
     """
-    from espalier.deltas import recipe
+    from espalier.recipes import recipe
 
     typed = _pairs(words)
     # A setting that is wrong by itself in the text is reported by `recipe`; those typed are added

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import nn
 
-    from espalier.deltas import Recipe
+    from espalier.recipes import Recipe
 
 EXAMPLE = """\
 espalier inspect demo-encoder
@@ -157,7 +157,7 @@ def _card(folder: Path) -> Table:
     from rich.table import Table
 
     from espalier.checkpoint import read_card
-    from espalier.deltas import Recipe
+    from espalier.recipes import Recipe
 
     card = read_card(folder)
     extras = card["extras"]

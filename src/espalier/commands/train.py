@@ -70,7 +70,7 @@ def assemble(path: Path | None, typed: dict[str, Any], words: list[str]) -> RunC
     run = run.replace(method=method[0] if len(method) == 1 else method)
     if run.out is None and not run.dry_run:
         # Chosen now, so that a stopped run can be named.
-        from espalier.deltas import recipe
+        from espalier.recipes import recipe
         from espalier.training.folders import choose
 
         run = run.replace(out=choose(run, str(recipe(run.method))))
@@ -94,7 +94,7 @@ def described(method: object) -> str:
     """Every key with its meaning and default as YAML, and what the method takes."""
     import yaml
 
-    from espalier.deltas import recipe
+    from espalier.recipes import recipe
     from espalier.training.config import RunConfig
 
     lines = ["# espalier train --config this.yaml"]

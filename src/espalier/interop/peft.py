@@ -24,13 +24,15 @@ from torch import Tensor, nn
 from espalier import container
 from espalier.adapter import Adapter
 from espalier.container import Container
-from espalier.deltas import Delta, Recipe, base_modules
+from espalier.deltas import Delta
 from espalier.errors import CheckpointError, SiteError
-from espalier.graft import Graft, prepare
+from espalier.graft import Graft
 from espalier.methods.lora import LoRA
+from espalier.modules import base_modules
 from espalier.places import Site, Sites, sites
-from espalier.plain import LowRank, LowRankConv, LowRankEmbedding
-from espalier.seat import place
+from espalier.plain.lowrank import LowRank, LowRankConv, LowRankEmbedding
+from espalier.recipes import Recipe
+from espalier.verbs import prepare
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -118,7 +120,7 @@ def _low(delta: Delta) -> Low:
     a, b = delta.t["a"].detach(), delta.t["b"].detach()
     rows = delta.site.rows
     if rows is not None:
-        b = place(b.new_zeros(b.shape[1], rows.groups * rows.width), rows, b.T).T
+        b = rows.place(b.new_zeros(b.shape[1], rows.groups * rows.width), b.T).T
     return Low(a, b, delta.scale, isinstance(delta, LowRankEmbedding))
 
 

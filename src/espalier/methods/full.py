@@ -12,9 +12,11 @@ from typing import ClassVar
 
 from torch import nn
 
-from espalier.deltas import Delta, Method, base_modules
+from espalier.deltas import Delta
+from espalier.modules import base_modules
 from espalier.places import Sites
-from espalier.plain import replacements
+from espalier.plain.whole import replacements
+from espalier.recipes import Method
 
 
 @dataclass(frozen=True)

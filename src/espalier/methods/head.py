@@ -11,8 +11,9 @@ from typing import ClassVar
 
 from torch import nn
 
-from espalier.deltas import Delta, Method
+from espalier.deltas import Delta
 from espalier.places import Sites
+from espalier.recipes import Method
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,13 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import init
 
-from espalier.deltas import Delta, Method, Trained, base_modules, check
+from espalier.deltas import Delta, Trained
 from espalier.errors import SiteError
+from espalier.modules import base_modules
 from espalier.places import Conv, Site, Sites
-from espalier.plain import LowRank, LowRankConv, LowRankEmbedding, replacements
+from espalier.plain.lowrank import LowRank, LowRankConv, LowRankEmbedding
+from espalier.plain.whole import replacements
+from espalier.recipes import Method, check
 
 BIASES = ("none", "lora_only", "all")
 

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from espalier.checkpoint import save
 from espalier.errors import TrainingError
-from espalier.graft import dead_sites, only_active
+from espalier.verbs import dead_sites, only_active
 
 
 class AdapterCallback(TrainerCallback):

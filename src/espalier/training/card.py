@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from espalier.deltas import Recipe
+from espalier.recipes import Recipe
 from espalier.shipped import located
 from espalier.training.config import RunConfig
 

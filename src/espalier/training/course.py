@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from espalier.accounting import account
-from espalier.deltas import Recipe
 from espalier.errors import SettingError
-from espalier.graft import attach, detach, get, only_active
+from espalier.graft import get
+from espalier.recipes import Recipe
 from espalier.training import finish, folders, models, randomness, report, state, threads
 from espalier.training.config import RunConfig
 from espalier.training.job import Job
@@ -24,6 +24,7 @@ from espalier.training.memory import explained, in_words, used
 from espalier.training.prepare import Material
 from espalier.training.record import Record
 from espalier.training.result import RunResult
+from espalier.verbs import attach, detach, only_active
 
 _LONG = 500  # examples to train on
 

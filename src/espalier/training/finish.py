@@ -11,14 +11,14 @@ from torch import Tensor
 
 from espalier.checkpoint import load, save
 from espalier.container import write_text
-from espalier.deltas import Recipe
 from espalier.errors import CheckpointError
-from espalier.graft import activate, detach
+from espalier.recipes import Recipe
 from espalier.training import plot
 from espalier.training.card import card_text
 from espalier.training.evaluate import evaluating, inputs
 from espalier.training.loop import Loop
 from espalier.training.prepare import Material
+from espalier.verbs import activate, detach
 
 Metrics = dict[str, dict[str, float]]
 WRITTEN = 200  # rows at most that answers are generated for

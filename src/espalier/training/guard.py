@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import TrainingError
-from espalier.graft import dead_sites
 from espalier.training.evaluate import inputs
+from espalier.verbs import dead_sites
 
 if TYPE_CHECKING:
     from espalier.training.job import Job

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from espalier.deltas import Recipe
+from espalier.recipes import Recipe
 from espalier.training.config import RunConfig
 from espalier.training.progress import Screen
 from espalier.training.record import Record

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import TrainingError
-from espalier.graft import groups
 from espalier.training import state
 from espalier.training.evaluate import evaluate, inputs, real_tokens, targets
 from espalier.training.guard import Places, check_finite
 from espalier.training.job import Job
 from espalier.training.memory import used
 from espalier.training.schedule import factor, total_steps, warmup_steps
+from espalier.verbs import groups
 
 
 class Loop:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from espalier.deltas import Recipe
 from espalier.errors import SettingError
+from espalier.recipes import Recipe
 from espalier.shipped import located
 from espalier.training import models
 from espalier.training.config import RunConfig

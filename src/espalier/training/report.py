@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from espalier.deltas import Recipe
+from espalier.recipes import Recipe
 from espalier.training.card import commands
 from espalier.training.loop import Loop
 from espalier.training.memory import in_words

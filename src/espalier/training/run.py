@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from espalier.deltas import Method, Recipe, recipe
 from espalier.errors import CheckpointError, SettingError, SiteError
+from espalier.recipes import Method, Recipe, recipe
 from espalier.training import folders, models, randomness
 from espalier.training.config import RunConfig
 from espalier.training.course import go

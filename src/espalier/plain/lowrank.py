@@ -1,19 +1,13 @@
-"""The plain deltas: what every method becomes in the end, and what saving and serving speak to.
-
-Legend: B batch, T tokens, D width, R rank. All are the identity when fresh.
-"""
+"""Low-rank changes of a weight: LoRA's family ends here. B batch, D width, R rank."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from espalier.deltas import Delta, Tensors, Trained
-from espalier.errors import SiteError
 from espalier.places import Site
 
 if TYPE_CHECKING:
@@ -98,46 +92,3 @@ class LowRankEmbedding(Delta):
     def changed(self, host: nn.Module) -> tuple[int, int | None]:
         """The whole table, by a change of rank at most R."""
         return self.site.n_in * self.site.n_out, self.trained["a"].shape[0]
-
-
-class Replacement(Delta):
-    """Trained copies that stand in for parameters of one module."""
-
-    replaces: ClassVar[bool] = True
-
-    def changed(self, host: nn.Module) -> tuple[int, int | None]:
-        """Every scalar of the copies, by a change of any rank."""
-        return sum(math.prod(spec.shape) for spec in self.trained.values()), None
-
-
-def replacements(
-    modules: Mapping[str, nn.Module],
-    keep: Callable[[str, str], bool] = lambda path, name: True,
-) -> list[Delta]:
-    """Replacements for parameters that these modules own; a tied tensor is trained once.
-
-    Args:
-        modules: By path.
-        keep: Whether to replace the parameter of this name at this path.
-
-    Raises:
-        SiteError: One of the parameters is quantised and cannot be trained.
-    """
-    specs: dict[int, Trained] = {}
-    found: list[Delta] = []
-    for path, module in modules.items():
-        own: dict[str, Trained] = {}
-        for name, p in module._parameters.items():
-            if p is None or not keep(path, name):
-                continue
-            if not p.is_floating_point():
-                raise SiteError(f"{path}.{name} is quantised ({p.dtype}) and cannot be trained")
-            own[name] = specs.setdefault(id(p), Trained(tuple(p.shape), _copy_of(p)))
-        if own:
-            site = Site("parameter", path, "parameter", None, "", 0, 0)
-            found.append(Replacement(site, **own))
-    return found
-
-
-def _copy_of(parameter: nn.Parameter) -> Callable[[Tensor], object]:
-    return lambda view: view.copy_(parameter.detach())

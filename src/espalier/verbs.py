@@ -1,0 +1,269 @@
+"""Putting adapters into a live model and taking them out: attach, activate, detach, parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from espalier.adapter import Adapter
+from espalier.deltas import Delta
+from espalier.errors import AdapterError, SettingError, SiteError
+from espalier.graft import Graft, find, get
+from espalier.heads import Head, head_modules
+from espalier.modules import unwrap
+from espalier.places import CHILD, Sites
+from espalier.plain.whole import replacements
+from espalier.recipes import Method, Recipe, recipe
+
+Choice = str | Sequence[str] | Mapping[str, float] | None
+
+
+def attach(
+    model: nn.Module,
+    method: Method | Recipe | str | object,
+    name: str = "default",
+    *,
+    head: Head = "auto",
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Freeze the base, add a recipe's deltas under a name, and make them the active adapter.
+
+    Args:
+        model: Any transformers model or torch module. It keeps its class and its keys.
+        method: A method, a sum of methods, or text such as "LoRA(rank=8)".
+        name: Any text; several adapters may be attached.
+        head: The task head to train and save with it: "auto" finds the newly initialised one,
+            False trains none, a list names modules.
+        dtype: Type of the trained numbers; fp32 by default, also over a bf16 base.
+
+    Raises:
+        SettingError: The recipe is wrong.
+        SiteError: A selector matches nothing, or a method cannot stand where it was sent.
+        AdapterError: The name is taken, or an adapter is merged into the base.
+    """
+    graft, adapter = prepare(model, recipe(method), name, head=head, dtype=dtype)
+    install(model, graft, adapter)
+
+
+def prepare(
+    model: nn.Module,
+    parts: Recipe,
+    name: str,
+    *,
+    head: Head,
+    dtype: torch.dtype,
+    fresh: bool = True,
+) -> tuple[Graft, Adapter]:
+    """An adapter built for a model and the graft to install it with; the model is untouched.
+
+    With `fresh` its numbers start as the methods say, else as zeros that the caller fills.
+    """
+    model = unwrap(model)
+    graft = model._modules.get(CHILD)
+    if not isinstance(graft, Graft):
+        graft = Graft(model)
+    _check_free(graft, name)
+    deltas, paths = _deltas(model, graft.places, parts, head)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return graft, Adapter(name, parts, deltas, paths, device, dtype, fresh)
+
+
+def install(model: nn.Module, graft: Graft, adapter: Adapter) -> None:
+    """Put a prepared adapter into the model, freeze the base, and make the adapter active."""
+    model = unwrap(model)
+    if CHILD not in model._modules:
+        model.add_module(CHILD, graft)
+        model.register_forward_pre_hook(graft.before, with_kwargs=True)
+    graft.add(model, adapter)
+    prefix = CHILD + "."
+    for path, parameter in model.named_parameters():
+        if parameter.requires_grad and not path.startswith(prefix):
+            parameter.requires_grad = False
+    activate(model, adapter.name)
+
+
+def _check_free(graft: Graft, name: str) -> None:
+    if not isinstance(name, str) or not name:
+        raise SettingError(f"an adapter's name is text of at least one letter, not {name!r}")
+    if name in graft.adapters:
+        raise AdapterError(
+            f"an adapter {name!r} is attached already; detach it first or choose another name"
+        )
+    graft.refuse_merged()
+
+
+def _deltas(
+    model: nn.Module, places: Sites, parts: Recipe, head: Head
+) -> tuple[list[tuple[str, Delta]], tuple[str, ...]]:
+    """Every delta of a recipe with its label, the task head's last; and the head's modules."""
+    deltas: list[tuple[str, Delta]] = []
+    for index, method in enumerate(parts.methods):
+        for delta in method.deltas(model, places):
+            rows = f":{delta.site.role}" if delta.site.rows else ""
+            deltas.append((f"{index}/{delta.site.path}{rows}", delta))
+    taken = _replaced([delta for _, delta in deltas], parts)
+    modules = {path: model.get_submodule(path) for path in head_modules(model, places, head)}
+    heads = replacements(modules, lambda path, name: (path, name) not in taken)
+    deltas += [(f"head/{delta.site.path}", delta) for delta in heads]
+    # A method may have taken all of a head (full tuning); it is the task's head all the same.
+    paths = tuple(path for path, module in modules.items() if module._parameters)
+    if not deltas:
+        raise SiteError(
+            f"{parts} trains nothing here: this model has no newly initialised head. "
+            'Name its modules with head=["classifier"], or choose a method that adds something'
+        )
+    return deltas, paths
+
+
+def _replaced(deltas: Iterable[Delta], parts: Recipe) -> set[tuple[str, str]]:
+    """(path, name) of every parameter that has a trained copy; none may have two."""
+    taken: set[tuple[str, str]] = set()
+    for delta in deltas:
+        for key in delta.parameters:
+            if (delta.site.path, key) in taken:
+                raise SettingError(
+                    f"two methods of {parts} both train {delta.site.path}.{key} itself; leave "
+                    "it to one of them"
+                )
+            taken.add((delta.site.path, key))
+    return taken
+
+
+def activate(model: nn.Module, choice: Choice) -> None:
+    """Make one adapter active, several (stacked in order), a weighted mix, or none.
+
+    Args:
+        model: A model with adapters.
+        choice: A name, a list of names, {"a": 0.7, "b": 0.3}, or None for the bare base. A weight
+            scales what an adapter adds; a task head is taken whole.
+
+    Raises:
+        AdapterError: An unknown name; a merged adapter; two adapters that both replace one tensor.
+    """
+    live = resolve(model, choice)
+    graft = find(model)
+    graft.live = live
+    for name, _ in live:
+        graft.adapters[name].sync()
+    graft.refresh()
+
+
+def resolve(model: nn.Module, choice: Choice) -> tuple[tuple[str, float], ...]:
+    """(name, weight) of the chosen adapters, checked as `activate` says."""
+    find(model).refuse_merged()
+    if isinstance(choice, str):
+        choice = (choice,)
+    pairs: Iterable[tuple[str, float]] = (
+        choice.items() if isinstance(choice, Mapping) else ((name, 1.0) for name in choice or ())
+    )
+    live = tuple((name, float(weight)) for name, weight in pairs)
+    owner: dict[tuple[str, str], str] = {}
+    for name, _ in live:
+        adapter = get(model, name)
+        for delta in adapter.deltas if len(live) > 1 else ():
+            for key in delta.parameters:
+                other = owner.setdefault((delta.site.path, key), name)
+                if other != name:
+                    raise AdapterError(
+                        f"adapters {other!r} and {name!r} both bring their own "
+                        f"{delta.site.path}.{key}; activate one of them"
+                    )
+    return live
+
+
+def active(model: nn.Module) -> dict[str, float]:
+    """The active adapters with their weights, in the order in which they act."""
+    return dict(find(model).live)
+
+
+def only_active(model: nn.Module) -> str:
+    """The name of the one active adapter. Raises AdapterError when none or several are active."""
+    names = list(active(model))
+    if len(names) != 1:
+        found = ", ".join(map(repr, names)) or "none"
+        raise AdapterError(
+            f"one adapter should be active, found {found}; choose it with esp.activate(model, name)"
+        )
+    return names[0]
+
+
+def detach(model: nn.Module, name: str) -> None:
+    """Take an adapter out. With the last one the model is as it was before the first.
+
+    Raises:
+        AdapterError: It is unknown, or merged into the base.
+    """
+    graft = find(model)
+    get(model, name)
+    graft.refuse_merged()
+    activate(model, {n: w for n, w in graft.live if n != name})
+    graft.remove(name)
+    if graft.adapters:
+        return
+    model = unwrap(model)
+    del model._modules[CHILD]
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if getattr(hook, "__self__", None) is graft:
+            del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    thawed = set(graft.thawed)
+    for path, parameter in model.named_parameters():
+        parameter.requires_grad = path in thawed
+
+
+def freeze(model: nn.Module, name: str) -> None:
+    """Keep an adapter's numbers fixed from now on; it can be active beside one that trains."""
+    adapter = get(model, name)
+    adapter.requires_grad_(False)
+    adapter.sync()
+
+
+def thaw(model: nn.Module, name: str) -> None:
+    """Let an adapter train again."""
+    adapter = get(model, name)
+    adapter.requires_grad_(True)
+    adapter.sync()
+
+
+def parameters(model: nn.Module) -> list[nn.Parameter]:
+    """What trains: the flat buffers of the active adapters that are not frozen."""
+    return [p for group in groups(model) for p in group["params"]]
+
+
+def groups(
+    model: nn.Module, weight_decay: float = 0.0, learning_rate: float | None = None
+) -> list[dict[str, Any]]:
+    """Parameter groups for an optimiser; vectors (biases, scales, norms) are never decayed.
+
+    Args:
+        model: A model with adapters.
+        weight_decay: For matrices.
+        learning_rate: The rate to give each group, times the factor that its numbers ask for
+            (LoRA+ trains B faster than A). Without it groups carry no rate of their own.
+    """
+    graft = find(model)
+    found: list[dict[str, Any]] = []
+    for name, _ in graft.live:
+        adapter = graft.adapters[name]
+        for kind, flat in adapter.flat.items():
+            if not flat.requires_grad:
+                continue
+            decay = weight_decay if kind.startswith("matrices") else 0.0
+            group = {"params": [flat], "weight_decay": decay, "name": kind}
+            if learning_rate is not None:
+                group["lr"] = learning_rate * adapter.rates[kind]
+            found.append(group)
+    return found
+
+
+def dead_sites(model: nn.Module) -> list[str]:
+    """Sites of the training adapters where the last backward left no gradient other than zero."""
+    graft = find(model)
+    return [
+        label
+        for name, _ in graft.live
+        if any(p.requires_grad for p in graft.adapters[name].parameters())
+        for label in graft.adapters[name].dead()
+    ]
