@@ -176,9 +176,16 @@ def test_a_site_without_gradient_is_named() -> None:
 
 def test_the_optimiser_sees_one_tensor_per_kind() -> None:
     model = BERT.make()
-    esp.attach(model, esp.LoRA(bias="all"))
-    groups = esp.groups(model, weight_decay=0.1)
-    assert [g["weight_decay"] for g in groups] == [0.1, 0.0]
+    esp.attach(model, esp.LoRA(bias="lora_only"))
+    groups = esp.groups(model, weight_decay=0.1, learning_rate=1e-3, head_rate=1e-2)
+    found = {g["name"]: (g["weight_decay"], g["lr"]) for g in groups}
+    assert found == {
+        "matrices": (0.1, 1e-3),
+        "vectors": (0.0, 1e-3),
+        "head_matrices": (0.1, 1e-2),
+        "head_vectors": (0.0, 1e-2),
+    }
+    assert all("lr" not in g for g in esp.groups(model))
     account = esp.account(model, "default")
     assert sum(p.numel() for p in esp.parameters(model)) == account.trained + account.head
 

@@ -18,13 +18,15 @@ from espalier import errors
 if TYPE_CHECKING:
     from espalier.accounting import account
     from espalier.checkpoint import load, read_card, save
-    from espalier.deltas import Delta, Trained
+    from espalier.deltas import Batch, Call, Delta, Kept, Trained
     from espalier.errors import EspalierError
     from espalier.folding import merge, unmerge
+    from espalier.from_text import prefix_from_text
     from espalier.methods.full import FullTuning
     from espalier.methods.head import HeadOnly
     from espalier.methods.lora import LoRA
     from espalier.places import Site, Sites, sites
+    from espalier.reading import gates
     from espalier.recipes import Method, Recipe, recipe
     from espalier.training import RunConfig, RunResult, fit, train
     from espalier.verbs import (
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
         groups,
         parameters,
         thaw,
+        to_plain,
     )
 
 __version__ = "0.1.0"
@@ -48,10 +51,12 @@ _MODULES = {
     "deltas": ("Batch", "Call", "Delta", "Kept", "Trained"),
     "errors": ("EspalierError",),
     "folding": ("merge", "unmerge"),
+    "from_text": ("prefix_from_text",),
     "verbs": (
         *("activate", "active", "attach", "dead_sites", "detach"),
-        *("freeze", "groups", "parameters", "thaw"),
+        *("freeze", "groups", "parameters", "thaw", "to_plain"),
     ),
+    "reading": ("gates",),
     "places": ("Site", "Sites", "sites"),
     "recipes": ("Method", "Recipe", "recipe"),
     "training": ("RunConfig", "RunResult", "fit", "train"),
@@ -59,11 +64,12 @@ _MODULES = {
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "Delta", "EspalierError", "FullTuning", "HeadOnly", "LoRA", "Method", "Recipe",
+    "Batch", "Call", "Delta", "EspalierError", "FullTuning", "HeadOnly", "Kept", "LoRA", "Method",
+    "Recipe",
     "RunConfig", "RunResult", "Site", "Sites", "Trained",
     "account", "activate", "active", "attach", "dead_sites", "detach", "errors", "fit",
-    "freeze", "groups", "load", "merge", "parameters", "read_card", "recipe", "save",
-    "sites", "thaw", "train", "unmerge",
+    "freeze", "gates", "groups", "load", "merge", "parameters", "read_card", "recipe", "save",
+    "sites", "thaw", "to_plain", "train", "unmerge",
 ]  # fmt: skip
 
 
@@ -71,11 +77,12 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         value = getattr(importlib.import_module(f"espalier.{_HOME[name]}"), name)
     elif name[:1].isupper():
-        from espalier.recipes import methods
+        from espalier.recipes import NAMED_SUMS, methods
 
-        if name not in methods():
+        known = {**methods(), **NAMED_SUMS}
+        if name not in known:
             raise AttributeError(f"espalier has no {name!r}")
-        value = methods()[name]
+        value = known[name]
     else:
         raise AttributeError(f"espalier has no {name!r}")
     globals()[name] = value

@@ -6,12 +6,15 @@ Trained parameters, changed parameters and the rank of the change are three diff
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
 
-from espalier.graft import get
-from espalier.modules import base_modules
+from espalier.adapter import Adapter
+from espalier.graft import find, get
+from espalier.modules import base_modules, unwrap
+from espalier.verbs import deltas_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +26,8 @@ class Account:
         head: Scalars of the task head, trained and kept beside it.
         changed: Scalars of the base-shaped model that differ once the adapter is merged.
         rank: Bound on the rank of the change of any weight; None where the method sets none.
-        bytes: Bytes kept on disk for method and head, without the file's header.
+        kept: Scalars kept for serving, with the head; a prefix drops the network that made it.
+        bytes: Bytes kept on disk for them, without the file's header.
         total: Scalars of the base, tied ones once.
     """
 
@@ -31,6 +35,7 @@ class Account:
     head: int
     changed: int
     rank: int | None
+    kept: int
     bytes: int
     total: int
 
@@ -71,12 +76,29 @@ def account(model: nn.Module, name: str) -> Account:
     own = {
         id(p): p.numel() for m in modules.values() for p in m._parameters.values() if p is not None
     }
+    kept = _kept(model, adapter)
+    sizes = {kind: flat.element_size() for kind, flat in adapter.runs.items()}
+    width = max((size for kind, size in sizes.items() if kind != "indices"), default=4)
     bounds = [rank for rank in ranks.values() if rank is not None]
     return Account(
         trained=sum(slot.stop - slot.start for slot in slots) - head,
         head=head,
         changed=min(sum(counts.values()), sum(own.values())),
         rank=max(bounds, default=0) if len(bounds) == len(ranks) else None,
-        bytes=sum(flat.numel() * flat.element_size() for flat in adapter.runs.values()),
+        kept=sum(kept.values()),
+        bytes=sum(count * sizes.get(kind, width) for kind, count in kept.items()),
         total=sum(own.values()),
     )
+
+
+def _kept(model: nn.Module, adapter: Adapter) -> dict[str, int]:
+    """Scalars by kind of buffer that the adapter's plain form holds."""
+    parts = adapter.recipe.plain()
+    if parts == adapter.recipe:
+        return {kind: flat.numel() for kind, flat in adapter.runs.items()}
+    deltas, _ = deltas_of(unwrap(model), find(model).places, parts, list(adapter.head) or False)
+    specs = {id(spec): spec for _, delta in deltas for spec in delta.trained.values()}
+    counts: dict[str, int] = {}
+    for spec in specs.values():
+        counts[spec.kind] = counts.get(spec.kind, 0) + math.prod(spec.shape)
+    return counts

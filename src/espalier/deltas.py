@@ -27,17 +27,20 @@ class Trained:
     """Numbers that a delta trains: their shape and how they start.
 
     `init` fills the zeroed view in place; None leaves zeros. Two deltas that hold the same
-    `Trained` object share its numbers. `rate` multiplies the learning rate of these numbers.
+    `Trained` object share its numbers. `rate` multiplies the learning rate of these numbers;
+    those of a task `head` may have a learning rate of their own.
     """
 
     shape: tuple[int, ...]
     init: Callable[[Tensor], object] | None = None
     rate: float = 1.0
+    head: bool = False
 
     @property
     def kind(self) -> str:
         """The flat buffer that holds them. Weight decay is for matrices only, never for vectors."""
         kind = "matrices" if len(self.shape) > 1 else "vectors"
+        kind = f"head_{kind}" if self.head else kind
         return kind if self.rate == 1 else f"{kind}_x{self.rate:g}".replace(".", "_")
 
 
@@ -94,9 +97,10 @@ class Delta:
     """
 
     replaces: ClassVar[bool] = False
-    attends: ClassVar[bool] = False
-    embeds: ClassVar[bool] = False
-    reads_host: ClassVar[bool] = False  # t brings the host's "weight" (out, in) and "bias"
+    attends: bool = False
+    embeds: bool = False
+    reads_host: bool = False  # t brings the host's "weight" (out, in) and "bias"
+    gates: bool = False  # a gate around it comes as t["gate"] and multiplies its own branch
 
     def __init__(self, site: Site, **trained: Trained) -> None:
         self.site = site
@@ -137,6 +141,15 @@ class Delta:
     def plain(self, t: Tensors) -> Tensors:
         """The numbers of the plain delta that serves what this one trained."""
         return t
+
+    def gate_input(self, x: Tensor, y: Tensor) -> Tensor:
+        """What a gate over this change reads, (…, gate_width); by default what enters."""
+        return x
+
+    @property
+    def gate_width(self) -> int:
+        """Width of what a gate over this change reads."""
+        return self.site.n_in
 
     @property
     def parameters(self) -> tuple[str, ...]:

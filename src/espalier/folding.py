@@ -6,6 +6,7 @@ makes W + Δ − Δ differ from W.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from espalier import hosts
@@ -81,7 +82,7 @@ def _collect(graft: Graft, live: tuple[tuple[str, float], ...]) -> dict[str, lis
     """The deltas to fold at each host, in the order in which they act in the forward pass."""
     folds: dict[str, list[Fold]] = {}
     for name, weight in live:
-        for delta in graft.adapters[name].deltas:
+        for delta in graft.acting(graft.adapters[name]):
             folds.setdefault(delta.site.path, []).append((delta, weight))
     return folds
 
@@ -109,25 +110,36 @@ def _fold(host: nn.Module, deltas: list[Fold], untie: bool) -> list[hosts.Undo]:
             own = {name: hosts.parameter(host, name) for name in delta.parameters}
             found = delta.effective(delta.t, own)
             undo += [hosts.put(host, name, value.clone()) for name, value in found.items()]
-    changes = [(delta, weight) for delta, weight in deltas if not delta.replaces]
+    changes = _in_effect([(d, weight) for d, weight in deltas if not d.replaces])
     if not changes:
         return undo
     site = changes[0][0].site
     w, b = hosts.dense(host, site), hosts.bias(host)
     old = b
     for delta, weight in changes:
-        w, b = _changed(delta, weight, w, b)
+        w, b = _changed(host, delta, weight, w, b)
     undo.append(hosts.write(host, site, w, untie and bool(site.tied)))
     if b is not None and b is not old:
         undo.append(hosts.put_bias(host, b))
     return undo
 
 
+def _in_effect(deltas: list[Fold]) -> list[Fold]:
+    """In the order in which weights take them up: what changes the input last, and in reverse.
+
+    Every delta's `after` sees the input that all of `before` made.
+    """
+    entering = [fold for fold in deltas if type(fold[0]).before is not Delta.before]
+    return [fold for fold in deltas if fold not in entering] + entering[::-1]
+
+
 def _changed(
-    delta: Delta, weight: float, w: Tensor, b: Tensor | None
+    host: nn.Module, delta: Delta, weight: float, w: Tensor, b: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Weight and bias with one delta folded in, on the rows that are the delta's."""
     t = {key: value.detach().float() for key, value in delta.t.items()}
+    if delta.reads_host:
+        t.update(hosts.current(host, delta.site, torch.float32))
     rows = delta.site.rows
     part = w if rows is None else rows.take(w.T).T
     part_b = b if rows is None or b is None else rows.take(b)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from espalier import hosts
 from espalier.adapter import Adapter
+from espalier.attention import Attention, caller
 from espalier.deltas import Batch, Delta
 from espalier.errors import AdapterError, nearest
 from espalier.modules import base_modules, unwrap
@@ -31,7 +32,9 @@ class Graft(nn.Module):
         adapters: Every attached adapter by name.
         live: (name, weight) of the active ones, in the order in which they act.
         seats: By path of the host.
+        attentions: By path of the module that attends.
         stand_ins: For each adapter the (module, delta) pairs that replace parameters in place.
+        skipped: In how many of the lowest layers each adapter does not act.
         merged: What undoes a merge, and the adapters that were live before it.
     """
 
@@ -40,7 +43,9 @@ class Graft(nn.Module):
         self.adapters: dict[str, Adapter] = {}
         self.live: tuple[tuple[str, float], ...] = ()
         self.seats: dict[str, Seat] = {}
+        self.attentions: dict[str, Attention] = {}
         self.stand_ins: dict[str, list[tuple[nn.Module, Delta]]] = {}
+        self.skipped: dict[str, int] = {}
         self.merged: tuple[list[Callable[[], None]], tuple[tuple[str, float], ...]] | None = None
         self.places: Sites = sites(model)
         self.thawed = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -53,21 +58,41 @@ class Graft(nn.Module):
 
     def add(self, model: nn.Module, adapter: Adapter) -> None:
         """Register an adapter and give each of its deltas its place."""
+        self.place(model, adapter)
+        self.adapters[adapter.name] = adapter
+        self.add_module(_key(adapter.name), adapter)
+        adapter.refresh = self.refresh
+
+    def place(self, model: nn.Module, adapter: Adapter, skipped: int = 0) -> None:
+        """Give each delta of an adapter its place, those of the lowest `skipped` layers none."""
+        self.skipped[adapter.name] = skipped
+        for seat in self.seats.values():
+            seat.deltas.pop(adapter.name, None)
+            seat.watchers.pop(adapter.name, None)
+        for port in self.attentions.values():
+            port.deltas.pop(adapter.name, None)
         modules = base_modules(model)
         stand_ins = self.stand_ins[adapter.name] = []
-        for delta in adapter.deltas:
+        for delta in self.acting(adapter):
             for path in delta.watches:
                 seat = self._seat(path, modules[path])
                 seat.watchers.setdefault(adapter.name, []).append(delta)
             host = modules[delta.site.path]
-            if _direct(delta, host):
+            if delta.attends:
+                path, module = caller(modules, delta.site)
+                port = self.attentions.get(path) or Attention(module, self)
+                self.attentions[path] = port
+                port.deltas.setdefault(adapter.name, []).append(delta)
+            elif _direct(delta, host):
                 stand_ins.append((host, delta))
             else:
                 seat = self._seat(delta.site.path, host)
                 seat.deltas.setdefault(adapter.name, []).append(delta)
-        self.adapters[adapter.name] = adapter
-        self.add_module(_key(adapter.name), adapter)
-        adapter.refresh = self.refresh
+
+    def acting(self, adapter: Adapter) -> list[Delta]:
+        """An adapter's deltas without those of the layers that it skips."""
+        skipped = self.skipped[adapter.name]
+        return [d for d in adapter.deltas if d.site.layer is None or d.site.layer >= skipped]
 
     def _seat(self, path: str, host: nn.Module) -> Seat:
         if path not in self.seats:
@@ -76,12 +101,17 @@ class Graft(nn.Module):
 
     def remove(self, name: str) -> None:
         """Forget an adapter; seats that hold nothing any more leave their hosts."""
-        del self.adapters[name], self._modules[_key(name)], self.stand_ins[name]
+        del self.adapters[name], self._modules[_key(name)], self.stand_ins[name], self.skipped[name]
         for path, seat in list(self.seats.items()):
             seat.deltas.pop(name, None)
             seat.watchers.pop(name, None)
             if not (seat.deltas or seat.watchers) and seat.leave():
                 del self.seats[path]
+        for path, port in list(self.attentions.items()):
+            port.deltas.pop(name, None)
+            if not port.deltas:
+                port.leave()
+                del self.attentions[path]
 
     def refresh(self) -> None:
         """Let the live adapters' trained copies, and no others, stand in for parameters."""
@@ -95,6 +125,8 @@ class Graft(nn.Module):
                     view.__deepcopy__ = _placeholder  # autograd's results refuse to be copied
                     module.__dict__[name] = view
                     self._shadows.append((module, name))
+        for port in self.attentions.values():
+            port.refresh()
 
     def refuse_merged(self) -> None:
         """Raise AdapterError while adapters are merged into the base."""

@@ -6,12 +6,16 @@ Everything else sees a float32 weight in the orientation of `nn.Linear`, (out, i
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from espalier.errors import AdapterError
 from espalier.places import Site
+
+if TYPE_CHECKING:
+    from espalier.deltas import Delta
 
 Undo = partial[None]  # no closure: in a deep copy of the model it restores the copy
 
@@ -52,6 +56,21 @@ def current(host: nn.Module, site: Site, dtype: torch.dtype) -> dict[str, Tensor
     if isinstance(own, Tensor):
         found["bias"] = (own if site.rows is None else site.rows.take(own)).to(dtype)
     return found
+
+
+def tensors(delta: Delta, like: Tensor, host: nn.Module) -> dict[str, Tensor]:
+    """A delta's numbers in the type and on the device of the computation, as its ports get them."""
+    t = {
+        key: v.to(like.device)
+        if not v.is_floating_point()
+        else v
+        if v.dtype == like.dtype and v.device == like.device
+        else v.to(like.device, like.dtype)
+        for key, v in delta.t.items()
+    }
+    if delta.reads_host:
+        t.update(current(host, delta.site, like.dtype))
+    return t
 
 
 def write(host: nn.Module, site: Site, weight: Tensor, untie: bool = False) -> Undo:

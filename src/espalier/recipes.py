@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import inspect
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec
 
 from espalier.deltas import Delta
 from espalier.errors import SettingError, nearest
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from espalier.places import Site, Sites
+
+P = ParamSpec("P")
 
 
 class Method:
@@ -56,7 +59,9 @@ class Method:
 
     def to_json(self) -> dict[str, Any]:
         """The method's name and every setting, as JSON data."""
-        return {"method": type(self).__name__, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        settings = {field.name: _to_json(getattr(self, field.name)) for field in fields}
+        return {"method": type(self).__name__, **settings}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +103,20 @@ class Recipe:
             data = [data]
         if not isinstance(data, list) or not data:
             raise SettingError(f"a recipe is a list of methods, not {data!r}")
-        return Recipe(tuple(_from_mapping(item) for item in data))
+        return Recipe(tuple(method for item in data for method in _from_mapping(item)))
 
     def __str__(self) -> str:
         return " + ".join(_terse(method) for method in self.methods)
+
+
+# Sums with a name of their own (MAM, UniPELT): functions from settings to a recipe, by name.
+NAMED_SUMS: dict[str, Callable[..., Recipe]] = {}
+
+
+def named_sum(build: Callable[P, Recipe]) -> Callable[P, Recipe]:
+    """Register a function as a name for the sum that it returns."""
+    NAMED_SUMS[build.__name__] = build
+    return build
 
 
 @cache
@@ -140,48 +155,83 @@ def _parse(text: str) -> Iterable[Method]:
         terms.append(tree.right)
         tree = tree.left
     for term in [tree, *reversed(terms)]:
-        call = term if isinstance(term, ast.Call) else ast.Call(term, [], [])
-        if not isinstance(call.func, ast.Name) or call.args:
+        yield from _from_mapping(_read_call(term))
+
+
+def _read_call(term: ast.expr) -> dict[str, Any]:
+    """A name or a call with literal arguments as {"method": name, ...}."""
+    call = term if isinstance(term, ast.Call) else ast.Call(term, [], [])
+    if not isinstance(call.func, ast.Name):
+        raise SettingError(
+            f"{ast.unparse(term)!r} is no method; write for example 'LoRA(rank=8, alpha=16)'"
+        )
+    name = call.func.id
+    settings: dict[str, Any] = {"method": name}
+    for argument in call.args:  # Gated(LoRA()) is the one form without a name
+        if not isinstance(argument, ast.Call) or "part" in settings:
             raise SettingError(
-                f"{ast.unparse(term)!r} is no method; write for example 'LoRA(rank=8, alpha=16)'"
+                f"{ast.unparse(term)!r} is no method; settings are named, as in 'LoRA(rank=8)'"
             )
-        settings: dict[str, Any] = {"method": call.func.id}
-        for keyword in call.keywords:
-            try:
-                settings[str(keyword.arg)] = ast.literal_eval(keyword.value)
-            except ValueError:
-                raise SettingError(
-                    f"{call.func.id}({ast.unparse(keyword)}): the value must be a number, "
-                    "text in quotes, True, False or None"
-                ) from None
-        yield _from_mapping(settings)
+        settings["part"] = _read_call(argument)
+    for keyword in call.keywords:
+        try:
+            settings[str(keyword.arg)] = (
+                _read_call(keyword.value)
+                if isinstance(keyword.value, ast.Call)
+                else ast.literal_eval(keyword.value)
+            )
+        except ValueError:
+            raise SettingError(
+                f"{name}({ast.unparse(keyword)}): the value must be a number, "
+                "text in quotes, True, False, None or a list of these"
+            ) from None
+    return settings
 
 
-def _from_mapping(item: object) -> Method:
+def _from_mapping(item: object) -> tuple[Method, ...]:
+    """The method that JSON data describes; the several of a named sum."""
     if not isinstance(item, Mapping) or "method" not in item:
         raise SettingError(f"a method is given as {{'method': name, ...}}, not {item!r}")
-    by_lower = {name.lower(): cls for name, cls in methods().items()}
-    cls = by_lower.get(str(item["method"]).lower())
-    if cls is None:
-        raise SettingError(
-            f"no method {item['method']!r}; {nearest(str(item['method']), methods())}"
-        )
-    fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    wanted, known = str(item["method"]), {**methods(), **NAMED_SUMS}
+    made = {name.lower(): entry for name, entry in known.items()}.get(wanted.lower())
+    if made is None:
+        raise SettingError(f"no method {wanted!r}; {nearest(wanted, known)}")
+    fields = inspect.signature(made).parameters
     settings = {str(key): value for key, value in item.items() if key != "method"}
-    for key in settings:
+    for key, value in settings.items():
         if key not in fields:
-            raise SettingError(f"{cls.__name__} has no setting {key!r}; {nearest(key, fields)}")
-    return cls(**settings)
+            raise SettingError(f"{made.__name__} has no setting {key!r}; {nearest(key, fields)}")
+        settings[key] = _from_json(value)
+    result = made(**settings)
+    return result.methods if isinstance(result, Recipe) else (result,)
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, Method):
+        return value.to_json()
+    return [_to_json(one) for one in value] if isinstance(value, tuple) else value
+
+
+def _from_json(value: Any) -> Any:
+    """Settings as methods hold them: lists are tuples, a method within a method is a method."""
+    if isinstance(value, Mapping) and "method" in value:
+        parts = _from_mapping(value)
+        return parts[0] if len(parts) == 1 else Recipe(parts)
+    return tuple(_from_json(one) for one in value) if isinstance(value, list | tuple) else value
 
 
 def _terse(method: Method) -> str:
     fields = dataclasses.fields(method)  # type: ignore[arg-type]
     changed = (
-        f"{field.name}={getattr(method, field.name)!r}"
+        f"{field.name}={_shown(getattr(method, field.name))}"
         for field in fields
         if getattr(method, field.name) != field.default
     )
     return f"{type(method).__name__}({', '.join(changed)})"
+
+
+def _shown(value: Any) -> str:
+    return _terse(value) if isinstance(value, Method) else repr(value)
 
 
 def check(method: Method, name: str, ok: bool, what: str) -> None:

@@ -56,18 +56,39 @@ class Seat:
         self, live: list[tuple[Delta, float]], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         stood_in = [delta for delta, _ in live if delta.replaces]
-        for delta, weight in live:
-            if type(delta).before is not Delta.before:
-                args, kwargs = self._before(delta, weight, args, kwargs)
-        result = self._with(stood_in, args, kwargs) if stood_in else self._inner(args, kwargs)
-        if len(live) == len(stood_in):
-            return result
-        y = _first(result)
-        x = _given(args, kwargs)
-        for delta, weight in live:
-            if type(delta).after is not Delta.after:
-                y = self._after(delta, weight, x, y)
-        return y if isinstance(result, Tensor) else (y, *result[1:])
+        if not stood_in:
+            return self._acted(live, args, kwargs)
+        own = self.host.__dict__
+        for delta in stood_in:
+            held = {name: hosts.parameter(self.host, name) for name in delta.parameters}
+            for name, value in delta.effective(delta.t, held).items():
+                own[name] = value.to(held[name].dtype)
+        try:
+            return self._acted([pair for pair in live if not pair[0].replaces], args, kwargs)
+        finally:
+            for name in [name for delta in stood_in for name in delta.parameters]:
+                own.pop(name, None)
+
+    def _acted(
+        self, live: list[tuple[Delta, float]], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The host's output with every change; trained copies stand in for its parameters now."""
+        try:
+            for delta, weight in live:
+                if type(delta).before is not Delta.before:
+                    args, kwargs = self._before(delta, weight, args, kwargs)
+            result = self._inner(args, kwargs)
+            if not live:
+                return result
+            y = _first(result)
+            x = _given(args, kwargs)
+            for delta, weight in live:
+                if type(delta).after is not Delta.after:
+                    y = self._after(delta, weight, x, y)
+            return y if isinstance(result, Tensor) else (y, *result[1:])
+        finally:  # also when a checkpoint's recomputation ends in here
+            for delta, _ in live:
+                delta.seen.clear()
 
     def _inner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.inner is not None:
@@ -81,9 +102,12 @@ class Seat:
         kwargs: dict[str, Any],
         result: Any,
     ) -> None:
-        """Leave this call with the deltas that mind it."""
+        """Leave this call with the deltas that mind it; the end of one around them ends it all."""
         for name, _ in self.graft.live:
             for delta in self.watchers.get(name, ()):
+                if delta.site.path.startswith(self.path + "."):
+                    delta.seen.clear()
+                    continue
                 again = partial(self._again, live, args[1:], kwargs)
                 delta.seen[self.path] = Call(_given(args, kwargs), _first(result), again)
 
@@ -94,30 +118,17 @@ class Seat:
         kwargs: dict[str, Any],
         x: Tensor,
     ) -> Tensor:
-        """The host, deltas and all, applied to another input."""
-        if live:
-            return _first(self._changed(live, (x, *rest), kwargs))
-        return _first(self._inner((x, *rest), kwargs))
-
-    def tensors(self, delta: Delta, like: Tensor) -> dict[str, Tensor]:
-        """A delta's numbers in the type and on the device of the computation."""
-        t = {
-            key: v.to(like.device)
-            if not v.is_floating_point()
-            else v
-            if v.dtype == like.dtype and v.device == like.device
-            else v.to(like.device, like.dtype)
-            for key, v in delta.t.items()
-        }
-        if delta.reads_host:
-            t.update(hosts.current(self.host, delta.site, like.dtype))
-        return t
+        """The host, deltas and all, applied to another input; told as its latest call."""
+        args = (x, *rest)
+        result = self._changed(live, args, kwargs) if live else self._inner(args, kwargs)
+        self._tell(live, args, kwargs, result)
+        return _first(result)
 
     def _before(
         self, delta: Delta, weight: float, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = _given(args, kwargs)
-        changed = delta.before(self.tensors(delta, x), x, self.host.training)
+        changed = delta.before(hosts.tensors(delta, x, self.host), x, self.host.training)
         if weight != 1.0:
             changed = x + weight * (changed - x)
         if args:
@@ -130,7 +141,9 @@ class Seat:
             x = delta.seen[enter].x
         if x.is_floating_point() and x.dtype != y.dtype:
             x = x.to(y.dtype)
-        t = self.tensors(delta, y)
+        t = hosts.tensors(delta, y, self.host)
+        if weight != 1.0 and delta.gates:
+            t["gate"] = y.new_full((), weight)
         rows = delta.site.rows
         before = y if rows is None else rows.take(y)
         if self.scaled:
@@ -138,24 +151,9 @@ class Seat:
             after = delta.after(t, x, before / gain, self.host.training) * gain
         else:
             after = delta.after(t, x, before, self.host.training)
-        delta.seen.clear()
-        if weight != 1.0:
+        if weight != 1.0 and not delta.gates:
             after = before + weight * (after - before)
         return after if rows is None else rows.place(y, after)
-
-    def _with(self, deltas: list[Delta], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The host's own forward with trained values, cast to its type, in place of parameters."""
-        own = self.host.__dict__
-        names = [name for delta in deltas for name in delta.parameters]
-        for delta in deltas:
-            held = {name: hosts.parameter(self.host, name) for name in delta.parameters}
-            for name, value in delta.effective(delta.t, held).items():
-                own[name] = value.to(held[name].dtype)
-        try:
-            return self._inner(args, kwargs)
-        finally:
-            for name in names:
-                own.pop(name, None)
 
     def leave(self) -> bool:
         """Give the host its earlier forward back; False if someone else's stands over ours."""

@@ -2,7 +2,8 @@
 
     term, term, !term        a term is [stack/]what[@layers]; `!` takes away
     what                     a role (attention.q, ffn, norm), a pattern over roles (attention.*),
-                             all-linear, or a pattern over module names (*.q_proj, lm_head)
+                             all-linear, all-attention (self and cross), or a pattern over
+                             module names (*.q_proj, lm_head)
     layers                   2 · 0-3 · 8- (8 and up) · -3 (up to 3) · first2 · last2 · 1+3+5
 
 `attention`, `cross`, `ffn` and `block` are spans: the change enters at one module and leaves at
@@ -22,7 +23,7 @@ from espalier.grammar import FAMILIES, ROLES, SLICES, SPANS, block_role
 if TYPE_CHECKING:
     from espalier.places import Site, Sites
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, ALL_ATTENTION = "all-linear", "all-attention"
 _TERM = re.compile(
     r"(?P<out>!?)\s*(?:(?P<stack>[\w-]+)/)?(?P<what>[^@/]+?)\s*(?:@(?P<layers>\S+))?"
 )
@@ -68,6 +69,8 @@ def _find(sites: Sites, term: str, read: re.Match[str]) -> tuple[list[Site], boo
     by_name = False
     if what == ALL_LINEAR:
         found = _all_linear(sites)
+    elif what == ALL_ATTENTION:
+        found = [s for s in sites if s.role in ("attention", "cross")]
     elif roles := [role for role in ROLES if fnmatchcase(role, what)]:
         whole = any(c in what for c in "*?[")
         found = [s for s in sites if s.role in roles and not (whole and (s.rows or s.span))]
@@ -164,7 +167,7 @@ def _nothing(sites: Sites, term: str, what: str) -> str:
     if what in ROLES or what.partition(".")[0] in SPANS:
         return f"no {what!r} in {model} (asked by {term!r}); it has {have}{_hidden(sites, what)}"
     names = {s.path.rpartition(".")[2] for s in sites} | {s.path for s in sites if "." in what}
-    near = nearest(what, {*sites.roles, ALL_LINEAR, *names})
+    near = nearest(what, {*sites.roles, ALL_LINEAR, ALL_ATTENTION, *names})
     near = f"; {near}" if near.startswith("did") else ""
     return f"{term!r} is no role and matches no module of {model}; roles it has: {have}{near}"
 

@@ -325,7 +325,8 @@ def _emit(work: _Survey) -> Iterator[Site]:
             yield replace(site, role=role, n_out=rows.size, rows=rows)
         family, _, part = site.role.partition(".")
         if part in ("o", "out") and (enter := _enter(parts[family, host.part], host)):
-            yield replace(site, role=family, n_in=enter.n_in, enter=enter.path)
+            kv = _kv(family, parts[family, host.part])
+            yield replace(site, role=family, n_in=enter.n_in, enter=enter.path, kv=kv)
 
 
 def _site(host: _Found, stack: str, tied: tuple[str, ...]) -> Site:
@@ -355,6 +356,17 @@ def _enter(part: list[_Found], out: _Found) -> _Found | None:
             if host.role.endswith("." + tail) and host.n_in == out.n_out:
                 return host
     return None
+
+
+def _kv(family: str, part: list[_Found]) -> tuple[int, int] | None:
+    """The widths of an attention's keys and values, as it attends to them."""
+    widths = {host.role: host.n_out for host in part}
+    for host in part:
+        if host.role.endswith(".kv") and any(rows.groups > 1 for _, rows in host.rows):
+            return None  # latent attention: a rotary part that all heads share joins these keys
+        widths.update({role: rows.size for role, rows in host.rows})
+    k, v = widths.get(f"{family}.k"), widths.get(f"{family}.v")
+    return (k, v) if k and v else None
 
 
 def _block_width(hosts: list[_Found]) -> int:

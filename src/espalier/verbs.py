@@ -6,14 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from espalier.adapter import Adapter
+from espalier.attention import caller
 from espalier.deltas import Delta
 from espalier.errors import AdapterError, SettingError, SiteError
 from espalier.graft import Graft, find, get
 from espalier.heads import Head, head_modules
-from espalier.modules import unwrap
+from espalier.modules import base_modules, unwrap
 from espalier.places import CHILD, Sites
 from espalier.plain.whole import replacements
 from espalier.recipes import Method, Recipe, recipe
@@ -66,7 +67,7 @@ def prepare(
     if not isinstance(graft, Graft):
         graft = Graft(model)
     _check_free(graft, name)
-    deltas, paths = _deltas(model, graft.places, parts, head)
+    deltas, paths = deltas_of(model, graft.places, parts, head)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return graft, Adapter(name, parts, deltas, paths, device, dtype, fresh)
 
@@ -95,7 +96,7 @@ def _check_free(graft: Graft, name: str) -> None:
     graft.refuse_merged()
 
 
-def _deltas(
+def deltas_of(
     model: nn.Module, places: Sites, parts: Recipe, head: Head
 ) -> tuple[list[tuple[str, Delta]], tuple[str, ...]]:
     """Every delta of a recipe with its label, the task head's last; and the head's modules."""
@@ -104,9 +105,13 @@ def _deltas(
         for delta in method.deltas(model, places):
             rows = f":{delta.site.role}" if delta.site.rows else ""
             deltas.append((f"{index}/{delta.site.path}{rows}", delta))
+    if attending := [delta.site for _, delta in deltas if delta.attends]:
+        base = base_modules(model)
+        for site in attending:
+            caller(base, site)
     taken = _replaced([delta for _, delta in deltas], parts)
     modules = {path: model.get_submodule(path) for path in head_modules(model, places, head)}
-    heads = replacements(modules, lambda path, name: (path, name) not in taken)
+    heads = replacements(modules, lambda path, name: (path, name) not in taken, head=True)
     deltas += [(f"head/{delta.site.path}", delta) for delta in heads]
     # A method may have taken all of a head (full tuning); it is the task's head all the same.
     paths = tuple(path for path, module in modules.items() if module._parameters)
@@ -138,10 +143,12 @@ def activate(model: nn.Module, choice: Choice) -> None:
     Args:
         model: A model with adapters.
         choice: A name, a list of names, {"a": 0.7, "b": 0.3}, or None for the bare base. A weight
-            scales what an adapter adds; a task head is taken whole.
+            scales what an adapter adds, and the share of attention that keys it brings get; a
+            task head is taken whole.
 
     Raises:
-        AdapterError: An unknown name; a merged adapter; two adapters that both replace one tensor.
+        AdapterError: An unknown name; a merged adapter; two adapters that both replace one tensor;
+            a weight below 0 for an adapter that brings keys.
     """
     live = resolve(model, choice)
     graft = find(model)
@@ -161,8 +168,13 @@ def resolve(model: nn.Module, choice: Choice) -> tuple[tuple[str, float], ...]:
     )
     live = tuple((name, float(weight)) for name, weight in pairs)
     owner: dict[tuple[str, str], str] = {}
-    for name, _ in live:
+    for name, weight in live:
         adapter = get(model, name)
+        if weight < 0 and any(delta.attends for delta in adapter.deltas):
+            raise AdapterError(
+                f"{name!r} brings keys to attend to; its weight multiplies their share of the "
+                f"attention and cannot be below 0, as {weight:g} is"
+            )
         for delta in adapter.deltas if len(live) > 1 else ():
             for key in delta.parameters:
                 other = owner.setdefault((delta.site.path, key), name)
@@ -213,6 +225,62 @@ def detach(model: nn.Module, name: str) -> None:
         parameter.requires_grad = path in thawed
 
 
+def to_plain(model: nn.Module, name: str) -> bool:
+    """Turn an adapter into the plain form that serves what it trained; False if it is plain.
+
+    What only training needed goes: a prefix keeps its keys and values and drops the network that
+    made them. Outputs stay as they were, to rounding.
+
+    Raises:
+        AdapterError: No such adapter, or one is merged into the base.
+    """
+    graft, rich = find(model), get(model, name)
+    graft.refuse_merged()
+    parts = rich.recipe.plain()
+    if parts == rich.recipe:
+        return False
+    first = next(iter(rich.runs.values()))
+    deltas, paths = deltas_of(unwrap(model), graft.places, parts, list(rich.head) or False)
+    dtype = next((r.dtype for r in rich.runs.values() if r.is_floating_point()), torch.float32)
+    served = Adapter(name, parts, deltas, paths, first.device, dtype, fresh=False)
+    with torch.no_grad():
+        for old, new in zip(rich.deltas, served.deltas, strict=True):
+            for key, value in old.plain(old.t).items():
+                new.t[key].copy_(value)
+    served.requires_grad_(any(p.requires_grad for p in rich.parameters()))
+    live, graft.live = graft.live, ()
+    graft.remove(name)
+    graft.add(unwrap(model), served)
+    served.sync()
+    graft.live = live
+    graft.refresh()
+    return True
+
+
+def skip_layers(model: nn.Module, count: int, name: str | None = None) -> None:
+    """Let adapters act from layer `count` on only: faster the more they skip (AdapterDrop).
+
+    A choice of the moment: nothing is lost or saved, and 0 puts every layer back. What belongs to
+    no layer (a task head, a trained copy of a parameter) goes on acting.
+
+    Args:
+        model: A model with adapters.
+        count: How many layers to skip, from the lowest; in every stack where there are two.
+        name: The adapter; all active ones by default.
+
+    Raises:
+        SettingError: The count is no whole number of at least 0.
+        AdapterError: The name is unknown, or an adapter is merged into the base.
+    """
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise SettingError(f"skip_layers takes a whole number of at least 0, not {count!r}")
+    graft = find(model)
+    graft.refuse_merged()
+    for one in list(active(model)) if name is None else [name]:
+        graft.place(unwrap(model), get(model, one), count)
+    graft.refresh()
+
+
 def freeze(model: nn.Module, name: str) -> None:
     """Keep an adapter's numbers fixed from now on; it can be active beside one that trains."""
     adapter = get(model, name)
@@ -232,8 +300,18 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for group in groups(model) for p in group["params"]]
 
 
+def constants(model: nn.Module) -> list[Tensor]:
+    """What the active adapters keep and never train: frozen projections, chosen indices."""
+    graft = find(model)
+    adapters = (graft.adapters[name] for name, _ in graft.live)
+    return [b for adapter in adapters for b in adapter._buffers.values() if b is not None]
+
+
 def groups(
-    model: nn.Module, weight_decay: float = 0.0, learning_rate: float | None = None
+    model: nn.Module,
+    weight_decay: float = 0.0,
+    learning_rate: float | None = None,
+    head_rate: float | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups for an optimiser; vectors (biases, scales, norms) are never decayed.
 
@@ -242,6 +320,7 @@ def groups(
         weight_decay: For matrices.
         learning_rate: The rate to give each group, times the factor that its numbers ask for
             (LoRA+ trains B faster than A). Without it groups carry no rate of their own.
+        head_rate: The task head's learning rate, where it differs.
     """
     graft = find(model)
     found: list[dict[str, Any]] = []
@@ -250,10 +329,12 @@ def groups(
         for kind, flat in adapter.flat.items():
             if not flat.requires_grad:
                 continue
-            decay = weight_decay if kind.startswith("matrices") else 0.0
-            group = {"params": [flat], "weight_decay": decay, "name": kind}
-            if learning_rate is not None:
-                group["lr"] = learning_rate * adapter.rates[kind]
+            decay = weight_decay if "matrices" in kind else 0.0
+            group: dict[str, Any] = {"params": [flat], "weight_decay": decay, "name": kind}
+            of_head = kind.startswith("head_") and head_rate is not None
+            rate = head_rate if of_head else learning_rate
+            if rate is not None:
+                group["lr"] = rate * adapter.rates[kind]
             found.append(group)
     return found
 

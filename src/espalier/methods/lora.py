@@ -1,26 +1,33 @@
-"""LoRA: low-rank adaptation (Hu et al. 2021, arXiv 2106.09685).
+"""LoRA: low-rank adaptation (Hu et al. 2021, arXiv 2106.09685), and its family as settings.
 
     y = x Wᵀ + c + s · drop(x) Aᵀ Bᵀ,   A (R, D_in), B (D_out, R),   s = α / R
 
-rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): s = α / √R, so that the step size does not shrink
-with the rank. A starts uniform in ±1/√fan_in and B at zero (an embedding the other way round), so
-a fresh adapter changes nothing. Different ranks at different places are a sum of two LoRAs.
+A starts uniform in ±1/√fan_in and B at zero (an embedding the other way round): a fresh adapter
+changes nothing. Different ranks at different places are a sum of two LoRAs.
+
+rsLoRA  (2312.03732)  s = α / √R, so that the step size does not shrink with the rank
+LoRA+   (2402.12354)  B learns λ times as fast, but not on embeddings, whose input is one-hot
+DoRA    (2402.09353)  y = c + (m / ρ) ⊙ (x Wᵀ + s · x Aᵀ Bᵀ), m (D_out,), ρ = row norms of W + s·B·A
+LoRA-FA (2308.03303)  A stays as it started; backward keeps x Aᵀ instead of x
+PiSSA   (2404.02948)  s·B₀A₀ = the R leading singular directions of W; y + s · (x Aᵀ Bᵀ − x A₀ᵀ B₀ᵀ)
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import init
 
-from espalier.deltas import Delta, Trained
+from espalier.deltas import Delta, Kept, Trained
 from espalier.errors import SiteError
 from espalier.modules import base_modules
 from espalier.places import Conv, Site, Sites
+from espalier.plain.directed import Directed
 from espalier.plain.lowrank import LowRank, LowRankConv, LowRankEmbedding
+from espalier.plain.starts import RANDOM, principal, principal_factors
 from espalier.plain.whole import replacements
 from espalier.recipes import Method, check
 
@@ -38,6 +45,11 @@ class LoRA(Method):
         rslora: Scale by α / √R instead.
         bias: Biases to train beside it: "none", those of the adapted layers ("lora_only"), "all".
         sites: Where: a selector such as "attention.q, attention.v" or "all-linear".
+        dora: Train the length of each output's weights apart from their direction (DoRA).
+        init: How A starts: "kaiming", "gaussian" (deviation 1/R), "orthogonal" rows, or both
+            factors within W: "pissa", or "pissa_niter_4", the same by fast random projections.
+        freeze_a: Train B alone (LoRA-FA).
+        plus: λ, the factor on B's learning rate (LoRA+; the paper's choice is 16).
     """
 
     learning_rate: ClassVar[float] = 5e-4
@@ -48,6 +60,10 @@ class LoRA(Method):
     rslora: bool = False
     bias: str = "none"
     sites: str = "all-linear"
+    dora: bool = False
+    init: str = "kaiming"
+    freeze_a: bool = False
+    plus: float = 1.0
 
     def __post_init__(self) -> None:
         number = int | float
@@ -56,57 +72,79 @@ class LoRA(Method):
         check(self, "alpha", isinstance(self.alpha, number) and self.alpha > 0, "above 0")
         share = isinstance(self.dropout, number) and 0 <= self.dropout < 1
         check(self, "dropout", share, "at least 0 and below 1")
-        check(self, "rslora", isinstance(self.rslora, bool), "True or False")
+        for name in ("rslora", "dora", "freeze_a"):
+            check(self, name, isinstance(getattr(self, name), bool), "True or False")
         check(self, "bias", self.bias in BIASES, f"one of {', '.join(BIASES)}")
         check(self, "sites", isinstance(self.sites, str), "a selector such as 'attention.q'")
+        known = isinstance(self.init, str) and (self.init in RANDOM or principal(self.init))
+        check(self, "init", known, f"one of {', '.join(RANDOM)}, pissa, pissa_niter_4")
+        check(self, "plus", isinstance(self.plus, number) and self.plus >= 1, "at least 1")
+        clash = self.freeze_a and principal(self.init)
+        check(self, "freeze_a", not clash, f"False: {self.init} trains the A that it takes from W")
 
     @property
     def scale(self) -> float:
         """s, the factor on the change."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    def plain(self) -> LoRA:
+        """The LoRA (DoRA) that serves it; PiSSA's is of twice the rank and needs no other base."""
+        wider = 2 if principal(self.init) else 1
+        alpha = self.alpha * (math.sqrt(wider) if self.rslora else wider)
+        as_lora = replace(self, init="kaiming", freeze_a=False, plus=1.0)
+        return replace(as_lora, rank=wider * self.rank, alpha=alpha)
+
     def deltas(self, model: nn.Module, places: Sites) -> list[Delta]:
         """One low-rank delta per site, and copies of the biases that train beside them."""
-        found = [self.build(site) for site in places.select(self.sites)]
+        modules = base_modules(model)
+        found = [self._delta(site, modules[site.path]) for site in places.select(self.sites)]
         adapted = {delta.site.path for delta in found}
         if self.bias != "none":
             wide = self.bias == "all"
-            modules = base_modules(model)
             found += replacements(
                 modules, lambda path, name: name == "bias" and (wide or path in adapted)
             )
         return found
 
-    def build(self, site: Site) -> Delta:
+    def _delta(self, site: Site, host: Any) -> Delta:
         """A low-rank delta shaped for the site's host."""
-        if site.span:
-            raise SiteError(
-                f"LoRA stands on single layers; {site.role!r} is a span from {site.enter} to "
-                f"{site.path}. For the layers within it write '{site.role}.*'"
-            )
-        if site.kind in ("linear", "conv1d"):
-            a = Trained((self.rank, site.n_in), _uniform)
-            b = Trained((site.n_out, self.rank))
-            return LowRank(site, a, b, self.scale, self.dropout)
-        if site.conv is not None and _can_fold(site.conv):
-            a = Trained((self.rank, site.n_in, *site.conv.kernel), _uniform)
-            b = Trained((site.n_out, self.rank, 1, 1))
-            return LowRankConv(site, a, b, self.scale, self.dropout)
-        if site.kind == "embedding":
+        linear = site.kind in ("linear", "conv1d") and not site.span
+        if linear or (site.conv is not None and _can_fold(site.conv) and not self.dora):
+            numbers = self._numbers(site, host)
+            kind = LowRankConv if site.conv else Directed if self.dora else LowRank
+            return kind(site, self.scale, self.dropout, **numbers)
+        if site.kind == "embedding" and not (self.dora or self.freeze_a or principal(self.init)):
             a = Trained((self.rank, site.n_in))
             b = Trained((site.n_out, self.rank), init.normal_)
-            return LowRankEmbedding(site, a, b, self.scale)
-        what = "a grouped convolution" if site.conv else f"a {site.kind}"
-        raise SiteError(
-            f"LoRA cannot stand on {site.path}, {what}; "
-            "it takes linear layers, ungrouped 2-d convolutions and embeddings"
+            return LowRankEmbedding(site, self.scale, host.padding_idx, a=a, b=b)
+        raise SiteError(_refusal(site))
+
+    def _numbers(self, site: Site, host: nn.Module) -> dict[str, Trained]:
+        kernel = site.conv.kernel if site.conv else ()
+        shape_a = (self.rank, site.n_in, *kernel)
+        shape_b = (site.n_out, self.rank, *(1 for _ in kernel))
+        b = Trained(shape_b, rate=self.plus)
+        length = {"m": Trained((site.n_out,))} if self.dora else {}
+        if not principal(self.init):
+            a = (Kept if self.freeze_a else Trained)(shape_a, RANDOM[self.init])
+            return {"a": a, "b": b, **length}
+        start = principal_factors(self.init, host, site, self.rank, self.scale)
+        kept = {"a0": Kept(shape_a, start[0]), "b0": Kept(shape_b, start[1])}
+        return {"a": Trained(shape_a), "b": b, **kept, **length}
+
+
+def _refusal(site: Site) -> str:
+    if site.span:
+        return (
+            f"LoRA stands on single layers; {site.role!r} is a span from {site.enter} to "
+            f"{site.path}. For the layers within it write '{site.role}.*'"
         )
+    what = "a grouped convolution" if site.conv and site.conv.groups > 1 else f"a {site.kind}"
+    return (
+        f"LoRA cannot stand on {site.path}, {what}; it takes linear layers, ungrouped 2-d "
+        "convolutions (not with dora) and embeddings (nor with freeze_a or pissa)"
+    )
 
 
 def _can_fold(conv: Conv) -> bool:
     return conv.groups == 1 and (conv.padding_mode == "zeros" or isinstance(conv.padding, tuple))
-
-
-def _uniform(a: Tensor) -> None:
-    bound = 1 / math.sqrt(a[0].numel())
-    init.uniform_(a, -bound, bound)

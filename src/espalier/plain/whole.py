@@ -26,12 +26,14 @@ class Replacement(Delta):
 def replacements(
     modules: Mapping[str, nn.Module],
     keep: Callable[[str, str], bool] = lambda path, name: True,
+    head: bool = False,
 ) -> list[Delta]:
     """Replacements for parameters that these modules own; a tied tensor is trained once.
 
     Args:
         modules: By path.
         keep: Whether to replace the parameter of this name at this path.
+        head: Whether these are a task head's.
 
     Raises:
         SiteError: One of the parameters is quantised and cannot be trained.
@@ -45,7 +47,9 @@ def replacements(
                 continue
             if not p.is_floating_point():
                 raise SiteError(f"{path}.{name} is quantised ({p.dtype}) and cannot be trained")
-            own[name] = specs.setdefault(id(p), Trained(tuple(p.shape), _copy_of(p)))
+            own[name] = specs.setdefault(
+                id(p), Trained(tuple(p.shape), _copy_of(p), head=head)
+            )
         if own:
             site = Site("parameter", path, "parameter", None, "", 0, 0)
             found.append(Replacement(site, **own))

@@ -24,8 +24,8 @@ DECISIVE = (
     "model", "method", "head", "task", "train", "validation", "columns", "limit",
     "validation_share", "system", "chat_template",
     "prefix", "documents", "max_length", "epochs", "steps", "batch", "eval_batch", "accumulate",
-    "batching", "lr", "schedule", "warmup", "weight_decay", "clip", "precision", "evaluate_every",
-    "patience", "keep", "seed", "generate", "max_new_tokens",
+    "batching", "lr", "head_lr", "schedule", "warmup", "weight_decay", "clip", "precision",
+    "evaluate_every", "patience", "keep", "seed", "generate", "max_new_tokens",
 )
 # fmt: on
 
@@ -100,6 +100,9 @@ class RunConfig(BaseModel):
     )
     lr: float | None = Field(
         None, gt=0, description="Highest learning rate; the method's if left out."
+    )
+    head_lr: float | None = Field(
+        None, gt=0, description="Highest learning rate of the task head; lr if left out."
     )
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="Course of the learning rate after the warm-up."

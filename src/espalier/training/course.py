@@ -68,6 +68,7 @@ def _train(at: Material, name: str, parts: Recipe) -> RunResult:
         _check_space(at, loop)
         randomness.seed_all(config.seed + at.out.accelerator.process_index)
         loop.run()
+        finish.settle(at, name)
         metrics = finish.measure(at, loop)
     model.eval()
     if at.out.main_folder:

@@ -12,16 +12,28 @@ from torch import Tensor
 from espalier.checkpoint import load, save
 from espalier.container import write_text
 from espalier.errors import CheckpointError
+from espalier.graft import get
 from espalier.recipes import Recipe
 from espalier.training import plot
 from espalier.training.card import card_text
 from espalier.training.evaluate import evaluating, inputs
 from espalier.training.loop import Loop
 from espalier.training.prepare import Material
-from espalier.verbs import activate, detach
+from espalier.verbs import activate, detach, to_plain
 
 Metrics = dict[str, dict[str, float]]
+TRAINED = "adapter-as-trained"  # with what only training needed, to train on from
 WRITTEN = 200  # rows at most that answers are generated for
+
+
+def settle(at: Material, name: str) -> None:
+    """Turn the adapter into the plain form that serves; the form that trained is kept beside it."""
+    parts = get(at.model, name).recipe
+    if parts.plain() == parts:
+        return
+    if at.out.main_folder:
+        save(at.model, name, at.out.main_folder / TRAINED)
+    to_plain(at.model, name)
 
 
 def measure(at: Material, loop: Loop) -> Metrics:

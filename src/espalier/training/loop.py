@@ -25,7 +25,7 @@ from espalier.training.guard import Places, check_finite
 from espalier.training.job import Job
 from espalier.training.memory import used
 from espalier.training.schedule import factor, total_steps, warmup_steps
-from espalier.verbs import groups
+from espalier.verbs import constants, groups
 
 
 class Loop:
@@ -37,11 +37,14 @@ class Loop:
 
     def __init__(self, job: Job) -> None:
         self.job, self.config = job, job.config
-        parts = groups(job.model, job.config.weight_decay)
+        config = job.config
+        parts = groups(job.model, config.weight_decay, job.lr, config.head_lr)
+        self.rates = [group["lr"] for group in parts]
         self.parameters: list[nn.Parameter] = [p for group in parts for p in group["params"]]
         # One pass over memory per step, where torch has it: the flat buffers are plain tensors.
         fused = all(p.device.type in ("cpu", "cuda") for p in self.parameters)
         self.optimizer = torch.optim.AdamW(parts, lr=job.lr, fused=fused)
+        self.constants = constants(job.model)
         self.at = state.Position()
         self.per_epoch = len(self.epoch(0))
         self.total = total_steps(self.config.epochs, self.config.steps, self.per_epoch)
@@ -119,7 +122,8 @@ class Loop:
             return
         self.at, offset = state.read_position(found, self.fixed)
         process = self.job.accelerator.process_index
-        self.best = state.restore(found, self.parameters, self.optimizer, process)
+        numbers = (self.parameters, self.constants)
+        self.best = state.restore(found, *numbers, self.optimizer, process)
         self.job.record.rewind(offset)
 
     def _epoch(self) -> None:
@@ -145,8 +149,8 @@ class Loop:
     def _step(self, step: list[list[int]]) -> None:
         start = time.perf_counter()
         share = factor(self.at.step, self.total, self.warmup, self.config.schedule)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.job.lr * share
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * share
         loss, norm, tokens = self._gradients(step)
         loss, norm = torch.stack([loss, norm]).tolist()  # the step's one wait for the device
         check_finite(self.job, loss, norm, self.at.step + 1, step)
@@ -230,7 +234,7 @@ class Loop:
 
     def _save(self) -> None:
         if self.job.folder:
-            what = (self.parameters, self.best, self.optimizer)
+            what = (self.parameters, self.constants, self.best, self.optimizer)
             offset, accelerator = self.job.record.offset, self.job.accelerator
             state.write(self.job.folder, self.at, self.fixed, offset, *what, accelerator)
 

@@ -1,7 +1,8 @@
 """Where a run stands, on disk: resumed after a kill at any moment, it goes on bit for bit.
 
     state/step-120/run.json             position, best result, settings, length of metrics.jsonl
-                   tensors.safetensors  the adapter's buffers, the best ones, AdamW's moments
+                   tensors.safetensors  the adapter's buffers, constants too, the best ones, and
+                                        AdamW's moments
                    random-0.safetensors random states of python, numpy and torch, one per process
 
 A state is written under a temporary name and renamed when complete; only then the one before is
@@ -83,6 +84,7 @@ def write(
     fixed: Fixed,
     offset: int,
     parameters: Sequence[nn.Parameter],
+    constants: Sequence[Tensor],
     best: Sequence[Tensor] | None,
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
@@ -105,7 +107,7 @@ def write(
         randomness.write(new / f"random-{accelerator.process_index}.safetensors")
         accelerator.wait_for_everyone()
         if main:
-            save_file(_tensors(parameters, best, optimizer), new / "tensors.safetensors")
+            save_file(_tensors(parameters, constants, best, optimizer), new / "tensors.safetensors")
             _write_json(new / "run.json", position, fixed, offset)
             _flush(new)
             shutil.rmtree(target, ignore_errors=True)
@@ -161,6 +163,7 @@ def threads_before(folder: Path) -> int | None:
 def restore(
     state: Path,
     parameters: Sequence[nn.Parameter],
+    constants: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
     process: int = 0,
 ) -> list[Tensor] | None:
@@ -174,11 +177,12 @@ def restore(
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"The state {state} cannot be read: {error}") from error
     with torch.no_grad():
-        for i, parameter in enumerate(parameters):
-            saved = tensors.get(f"adapter.{i}")
-            if saved is None or saved.shape != parameter.shape:
-                raise CheckpointError(f"The state {state} was written for another adapter.")
-            parameter.copy_(saved)
+        for kind, own in (("adapter", parameters), ("constant", constants)):
+            for i, tensor in enumerate(own):
+                saved = tensors.get(f"{kind}.{i}")
+                if saved is None or saved.shape != tensor.shape:
+                    raise CheckpointError(f"The state {state} was written for another adapter.")
+                tensor.copy_(saved)
     moments: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         if key.startswith("optimizer."):
@@ -201,10 +205,12 @@ def _plain(fixed: Fixed) -> dict[str, Any]:
 
 def _tensors(
     parameters: Sequence[nn.Parameter],
+    constants: Sequence[Tensor],
     best: Sequence[Tensor] | None,
     optimizer: torch.optim.Optimizer,
 ) -> dict[str, Tensor]:
     out = {f"adapter.{i}": p.detach() for i, p in enumerate(parameters)}
+    out |= {f"constant.{i}": tensor for i, tensor in enumerate(constants)}
     out |= {f"best.{i}": tensor for i, tensor in enumerate(best or ())}
     for i, moments in optimizer.state_dict()["state"].items():
         out |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}

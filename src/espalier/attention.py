@@ -1,0 +1,245 @@
+"""The attention port: keys and values of deltas, put before those of the text.
+
+transformers sends the attention of nearly every model through one table of functions, under the
+name that the attention module's config gives. While deltas that attend are live there, a stand-in
+takes that config's place in the module (and there only, so that masks are made as ever); it gives
+our name, and our function adds the keys, widens mask and bias, and calls the function that the
+model would have called. All this happens outside the cache and after rotary embedding: positions,
+caches, padding and generation are the model's own and know nothing of the extra keys.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from espalier import hosts
+from espalier.errors import SiteError
+
+if TYPE_CHECKING:
+    from espalier.deltas import Delta
+    from espalier.graft import Graft
+    from espalier.places import Site
+
+NAME = "espalier"  # ours in the table
+_TABLE, _EAGER = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward"
+
+
+class StandIn:
+    """Stands in for the config of one attention module and takes its calls."""
+
+    _attn_implementation = NAME
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.config: Any = module.config
+        scope, name = _scope(type(module))
+        self.table, self.eager = scope[_TABLE], scope[name]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # copying and pickling ask for these before there is a config
+            raise AttributeError(name)
+        return getattr(self.config, name)
+
+    def enter(self) -> None:
+        """Take the config's place."""
+        self.table.register(NAME, _attention)
+        self.module.__dict__["config"] = self
+
+    def leave(self) -> None:
+        """Give the module its config back."""
+        self.module.__dict__["config"] = self.config
+
+    def own(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
+        """What the model's own attention function gives."""
+        function = self.table.get_interface(self.config._attn_implementation, self.eager)
+        if not self.flash:
+            return function(self.module, q, k, v, mask, **kwargs)
+        self.module.config = self.config  # where flash functions read the implementation's name
+        try:
+            return function(self.module, q, k, v, mask, **kwargs)
+        finally:
+            self.module.config = self  # type: ignore[assignment]
+
+    @property
+    def flash(self) -> bool:
+        """Whether the model's own function is a flash attention, which knows no masks of scores."""
+        return "flash" in (self.config._attn_implementation or "")
+
+    def call(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
+        """Attention (B, T, h, d_h) and its weights, of queries (B, h, T, d_h) to keys and values."""
+        raise NotImplementedError
+
+
+class Attention(StandIn):
+    """One attention module with the deltas that it attends to besides the text, by adapter."""
+
+    def __init__(self, module: nn.Module, graft: Graft) -> None:
+        super().__init__(module)
+        self.graft = graft
+        self.deltas: dict[str, list[Delta]] = {}
+
+    def refresh(self) -> None:
+        """Stand in while a delta here is live, and only then."""
+        live = () if self.graft.merged else self.graft.live
+        if any(weight and name in self.deltas for name, weight in live):
+            self.enter()
+        else:
+            self.leave()
+
+    def call(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
+        """Attention to the live deltas' keys and the text's.
+
+        An adapter's weight w multiplies the share of attention that its keys get before all
+        shares are scaled to sum to 1: log w is added to their scores.
+        """
+        extra = list(self._extra(k, v))
+        length = sum(keys.shape[2] for keys, _, _ in extra)
+        self._refuse(q, length + k.shape[2], [weight for _, _, weight in extra], kwargs)
+        keys = torch.cat([*(keys for keys, _, _ in extra), k], 2)
+        values = torch.cat([*(values for _, values, _ in extra), v], 2)
+        even = all(weight == 1 for _, _, weight in extra)
+        causal = mask is None and q.shape[2] > 1 and self._causal(kwargs)
+        # A causal attention without a mask lets query i see keys 0 to i. So that query i of the
+        # text sees as many more as there are extra ones, as many rows stand before it.
+        rows = length if causal and even else 0
+        if kwargs.get("position_bias") is not None:
+            wider = F.pad(kwargs["position_bias"], (length, 0, rows, 0))
+            kwargs = {**kwargs, "position_bias": wider}
+        if mask is not None or not even:
+            mask = _widened(mask, q, k, causal, extra)
+        if not rows:
+            return self.own(q, keys, values, mask, kwargs)
+        out, shares = self.own(F.pad(q, (0, 0, rows, 0)), keys, values, mask, kwargs)
+        return out[:, rows:], None if shares is None else shares[:, :, rows:]
+
+    def _extra(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Keys and values (B, h_kv, L, d_h) of each live delta, and its adapter's weight."""
+        for name, weight in self.graft.live:
+            for delta in self.deltas.get(name, ()) if weight else ():
+                x = delta.seen[str(delta.site.enter)].x
+                delta.seen.clear()
+                t = hosts.tensors(delta, k, self.module)
+                keys, values = delta.attend(t, x, self.module.training)
+                yield _heads(keys, k, delta), _heads(values, v, delta), weight
+
+    def _causal(self, kwargs: dict[str, Any]) -> bool:
+        stated = kwargs.get("is_causal")
+        return getattr(self.module, "is_causal", True) if stated is None else stated
+
+    def _refuse(self, q: Tensor, keys: int, weights: list[float], kwargs: dict[str, Any]) -> None:
+        """Raise where the model's own function could not be told of the extra keys."""
+        name, why = self.config._attn_implementation or "", ""
+        if kwargs.get("cache") is not None:
+            why = "extra keys do not fit into a paged cache"
+        elif any(weight != 1 for weight in weights) and (self.flash or name.startswith("flex")):
+            why = "an adapter's weight other than 1 changes scores, which this function hides"
+        elif self.flash and keys > (kwargs.get("sliding_window") or keys):
+            why = "its sliding window would hide the extra keys"
+        elif self.flash and _packed(q, kwargs):
+            why = "in packed texts it gives the extra keys to the first only"
+        if why:
+            raise SiteError(
+                f"attention {name!r}: {why}; load the model with attn_implementation='sdpa'"
+            )
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> Any:
+    """What transformers finds under our name."""
+    return module.config.call(query, key, value, attention_mask, kwargs)
+
+
+def caller(modules: Mapping[str, nn.Module], site: Site) -> tuple[str, nn.Module]:
+    """The module that computes a span's attention, with its path.
+
+    Raises:
+        SiteError: It does not go through transformers' table, or is no attention at all.
+    """
+    path = str(site.enter)
+    if site.role not in ("attention", "cross"):
+        raise SiteError(
+            f"{site.role!r} at {site.path} is no whole attention, so nothing there has keys and "
+            "values; select 'attention', 'cross' or 'all-attention'"
+        )
+    while path := path.rpartition(".")[0]:
+        if _scope(type(modules[path]))[1] and "config" in modules[path].__dict__:
+            return path, modules[path]
+    owner = type(modules[str(site.enter).rpartition(".")[0]]).__name__
+    raise SiteError(
+        f"{owner} ({site.enter}) computes its attention itself, not by transformers' table of "
+        "attention functions, so no keys can be put before its own; leave it out of `sites`"
+    )
+
+
+def _scope(owner: type) -> tuple[dict[str, Any], str]:
+    """The globals of a class's forward and its eager function's name there; "" if it has none."""
+    forward: Callable[..., Any] | None = inspect.unwrap(getattr(owner, "forward", len))
+    code = getattr(forward, "__code__", None)
+    names = () if code is None or _TABLE not in code.co_names else code.co_names
+    eager = next((name for name in names if name.endswith(_EAGER)), "")
+    return getattr(forward, "__globals__", {}), eager
+
+
+def _heads(rows: Tensor, text: Tensor, delta: Delta) -> Tensor:
+    """Rows (1 or B, L, h_kv·d_h) as heads (B, h_kv, L, d_h), as the text's."""
+    batch, heads, _, width = text.shape
+    if rows.shape[-1] != heads * width:
+        raise SiteError(
+            f"{type(delta).__name__} at {delta.site.path} brings keys or values of "
+            f"{rows.shape[-1]} numbers where the text's have {heads} heads of {width}"
+        )
+    return rows.unflatten(-1, (heads, width)).transpose(1, 2).expand(batch, -1, -1, -1)
+
+
+def _widened(
+    mask: Any, q: Tensor, k: Tensor, causal: bool, extra: list[tuple[Tensor, Tensor, float]]
+) -> Any:
+    """The mask with columns for the extra keys, which all queries see; the given one stays."""
+    length = sum(keys.shape[2] for keys, _, _ in extra)
+    if mask is None:
+        seen = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool)
+        mask = (seen.tril() if causal else seen)[None, None]
+    if not isinstance(mask, Tensor):
+        return _widened_blocks(mask, length)
+    even = all(weight == 1 for _, _, weight in extra)
+    if mask.dtype == torch.bool and not even:
+        hidden = torch.finfo(q.dtype).min
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, hidden)
+    if mask.is_floating_point():
+        scores = [mask.new_full((keys.shape[2],), math.log(w)) for keys, _, w in extra]
+        columns = torch.cat(scores)
+    else:
+        columns = mask.new_ones(length)
+    return torch.cat([columns.expand(*mask.shape[:-1], length), mask], -1)
+
+
+def _widened_blocks(mask: Any, length: int) -> Any:
+    """A flex attention's BlockMask with columns before its own."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    own = mask.mask_mod
+    batch, heads, queries, keys = mask.shape
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k < length) | own(b, h, q, (k - length).clamp(min=0))
+
+    size = mask.BLOCK_SIZE
+    device = mask.kv_num_blocks.device
+    return create_block_mask(visible, batch, heads, queries, keys + length, device, size)
+
+
+def _packed(q: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether several texts stand in one row, as flash attention may be told."""
+    positions = kwargs.get("position_ids")
+    if kwargs.get("cu_seq_lens_q") is not None:
+        return True
+    several = isinstance(positions, Tensor) and len(q) == 1 and q.shape[2] > 1
+    return several and bool((positions.diff(dim=-1) != 1).any())

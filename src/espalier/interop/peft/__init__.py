@@ -1,0 +1,50 @@
+"""huggingface/peft's folders, both ways: adapter_config.json + adapter_model.safetensors.
+
+Each of peft's types has a file here and a line in `KINDS`, which says whether an adapter has its
+form, and how it is written and read. What is written is exact or refused; what is read is refused
+by name where a setting is not known, since dropping one silently loads a different model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from espalier.adapter import Adapter
+from espalier.errors import CheckpointError
+from espalier.graft import Graft
+from espalier.interop.peft import lora
+from espalier.interop.peft.files import Kind, open_folder, write_folder
+
+KINDS: dict[str, Kind] = {"LORA": lora.KIND}
+
+
+def write_peft(model: nn.Module, adapter: Adapter, folder: Path) -> None:
+    """Write an adapter as a peft folder.
+
+    Raises:
+        CheckpointError: peft has no form for this adapter, or the folder cannot be written.
+    """
+    for name, kind in KINDS.items():
+        if kind.fits(adapter):
+            config, tensors = kind.write(model, adapter)
+            write_folder(model, folder, {"peft_type": name, **config}, tensors)
+            return
+    held = {type(delta).__name__ for delta in adapter.deltas if not delta.replaces}
+    what = f"holds {', '.join(sorted(held))} together" if held else "only replaces parameters"
+    raise CheckpointError(
+        f"none of peft's formats ({', '.join(KINDS)}) has a form for {adapter.recipe}, which "
+        f"{what}. Save it in Espalier's own format, or merge it into the base"
+    )
+
+
+def read_peft(model: nn.Module, folder: Path, name: str) -> tuple[Graft, Adapter]:
+    """The adapter of a peft folder, ready to be installed.
+
+    Raises:
+        CheckpointError: A type or setting that we do not know, or tensors that do not fit the
+            model.
+    """
+    foreign = open_folder(folder, KINDS)
+    return KINDS[foreign.config["peft_type"]].read(model, foreign, name)
