@@ -18,13 +18,14 @@ from espalier import errors
 if TYPE_CHECKING:
     from espalier.accounting import account
     from espalier.checkpoint import load, read_card, save
-    from espalier.deltas import Batch, Call, Delta, Kept, Trained
+    from espalier.deltas import Batch, Call, Delta, Kept, Tensors, Trained
     from espalier.errors import EspalierError
     from espalier.folding import merge, unmerge
     from espalier.from_text import prefix_from_text
     from espalier.methods.full import FullTuning
     from espalier.methods.head import HeadOnly
     from espalier.methods.lora import LoRA
+    from espalier.methods.prefix import PrefixTuning, PTuningV2
     from espalier.places import Site, Sites, sites
     from espalier.reading import gates
     from espalier.recipes import Method, Recipe, recipe
@@ -48,7 +49,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "accounting": ("account",),
     "checkpoint": ("load", "read_card", "save"),
-    "deltas": ("Batch", "Call", "Delta", "Kept", "Trained"),
+    "deltas": ("Batch", "Call", "Delta", "Kept", "Tensors", "Trained"),
     "errors": ("EspalierError",),
     "folding": ("merge", "unmerge"),
     "from_text": ("prefix_from_text",),
@@ -65,11 +66,10 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Batch", "Call", "Delta", "EspalierError", "FullTuning", "HeadOnly", "Kept", "LoRA", "Method",
-    "Recipe",
-    "RunConfig", "RunResult", "Site", "Sites", "Trained",
+    "PTuningV2", "PrefixTuning", "Recipe", "RunConfig", "RunResult", "Site", "Sites", "Tensors", "Trained",
     "account", "activate", "active", "attach", "dead_sites", "detach", "errors", "fit",
-    "freeze", "gates", "groups", "load", "merge", "parameters", "read_card", "recipe", "save",
-    "sites", "thaw", "to_plain", "train", "unmerge",
+    "freeze", "gates", "groups", "load", "merge", "parameters", "prefix_from_text",
+    "read_card", "recipe", "save", "sites", "thaw", "to_plain", "train", "unmerge",
 ]  # fmt: skip
 
 

@@ -164,7 +164,10 @@ class Adapter(nn.Module):
                 yield slot.label, slot.of(flat.detach())
 
     def dead(self) -> list[str]:
-        """Labels of the deltas none of whose numbers got a gradient other than zero."""
+        """Labels of the deltas none of whose numbers got a gradient other than zero.
+
+        Those that say so themselves (`idle`) are passed over.
+        """
         alive: set[int] = set()
         for kind, flat in self.flat.items():
             if flat.grad is not None:
@@ -175,7 +178,7 @@ class Adapter(nn.Module):
             slot.label.rpartition("/")[0]
             for kind in self.flat
             for slot in self.slots[kind]
-            if not any(id(delta) in alive for delta, _ in slot.users)
+            if not any(id(delta) in alive or delta.idle for delta, _ in slot.users)
         }
         return sorted(dead)
 
@@ -183,6 +186,10 @@ class Adapter(nn.Module):
         super()._apply(fn, recurse)
         self.sync()
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.refresh()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
         from copy import deepcopy

@@ -73,7 +73,7 @@ class StandIn:
         return "flash" in (self.config._attn_implementation or "")
 
     def call(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
-        """Attention (B, T, h, d_h) and its weights, of queries (B, h, T, d_h) to keys and values."""
+        """Attention (B, T, h, d_h) of queries (B, h, T, d_h) to keys and values; its shares."""
         raise NotImplementedError
 
 
@@ -99,7 +99,7 @@ class Attention(StandIn):
         An adapter's weight w multiplies the share of attention that its keys get before all
         shares are scaled to sum to 1: log w is added to their scores.
         """
-        extra = list(self._extra(k, v))
+        extra = list(self._extra(q, k, v))
         length = sum(keys.shape[2] for keys, _, _ in extra)
         self._refuse(q, length + k.shape[2], [weight for _, _, weight in extra], kwargs)
         keys = torch.cat([*(keys for keys, _, _ in extra), k], 2)
@@ -119,11 +119,11 @@ class Attention(StandIn):
         out, shares = self.own(F.pad(q, (0, 0, rows, 0)), keys, values, mask, kwargs)
         return out[:, rows:], None if shares is None else shares[:, :, rows:]
 
-    def _extra(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
+    def _extra(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Keys and values (B, h_kv, L, d_h) of each live delta, and its adapter's weight."""
         for name, weight in self.graft.live:
             for delta in self.deltas.get(name, ()) if weight else ():
-                x = delta.seen[str(delta.site.enter)].x
+                x = delta.seen[str(delta.site.enter)].x if delta.watches else q
                 delta.seen.clear()
                 t = hosts.tensors(delta, k, self.module)
                 keys, values = delta.attend(t, x, self.module.training)
@@ -241,5 +241,6 @@ def _packed(q: Tensor, kwargs: dict[str, Any]) -> bool:
     positions = kwargs.get("position_ids")
     if kwargs.get("cu_seq_lens_q") is not None:
         return True
-    several = isinstance(positions, Tensor) and len(q) == 1 and q.shape[2] > 1
-    return several and bool((positions.diff(dim=-1) != 1).any())
+    if not isinstance(positions, Tensor) or len(q) > 1 or q.shape[2] == 1:
+        return False
+    return bool((positions.diff(dim=-1) != 1).any())

@@ -84,22 +84,32 @@ class Delta:
     at a span x is what the entering module was given):
         before(t, x, training) -> x       the host's input, changed
         after(t, x, y, training) -> y     the host's output, changed
-        attend(t, x, training) -> k, v    extra keys and values for an attention (`attends`)
+        attend(t, x, training) -> k, v    extra keys and values for an attention (`attends`; then
+                                          no other port is used; x is the queries where nothing
+                                          is watched)
         embed(t, training) -> rows        embeddings of extra words before the text (`embeds`)
         fold(t, w, b) -> (w, b)           the same change on a float weight; absent: cannot merge
         effective(t, own) -> parameters   what stands in for the host's own parameters (`replaces`;
                                           then no other port is used)
         begin(batch)                      told before every forward pass of the whole model
+        ready()                           told when active, moved or loaded: what Python must know
+                                          of kept numbers is read from `self.t` here
+        calibrate(squares)                given what `measures` asks for
         plain(t) -> t                     the numbers of the plain form that `Method.plain` builds
 
     Attributes:
         watches: Paths of other modules; `seen` holds their latest calls when a port is used.
+        gaps: How many of the rows that it embeds stand before the text, between its two segments,
+            and after it.
     """
 
     replaces: ClassVar[bool] = False
     attends: bool = False
     embeds: bool = False
+    gaps: tuple[int, int, int] = (0, 0, 0)
     reads_host: bool = False  # t brings the host's "weight" (out, in) and "bias"
+    measures: bool = False  # before training it asks for E[(∂loss/∂p)²] of its `parameters`
+    idle: bool = False  # it may rightly get no gradient
     gates: bool = False  # a gate around it comes as t["gate"] and multiplies its own branch
 
     def __init__(self, site: Site, **trained: Trained) -> None:
@@ -129,6 +139,12 @@ class Delta:
 
     def begin(self, batch: Batch) -> None:
         """Told before every forward pass of the whole model."""
+
+    def ready(self) -> None:
+        """Told when its adapter was made active, moved or loaded."""
+
+    def calibrate(self, squares: Tensors) -> None:
+        """Given the mean squared gradient of each of the host's parameters it stands in for."""
 
     def fold(self, t: Tensors, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight (out, in) and bias with the change folded in, fp32. Raises where it cannot."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier import hosts
-from espalier.deltas import Delta
+from espalier.deltas import Delta, Tensors
 from espalier.errors import AdapterError
 from espalier.graft import Graft, find
 from espalier.modules import base_modules, unwrap
@@ -45,8 +45,9 @@ def merge(
     graft.refresh()
     undo: list[hosts.Undo] = []
     try:
+        found = {path: _stand_ins(modules[path], deltas) for path, deltas in folds.items()}
         for path, deltas in folds.items():
-            undo += _fold(modules[path], deltas, untie)
+            undo += _fold(modules[path], deltas, found[path], untie)
         if untie and any(delta.site.tied for deltas in folds.values() for delta, _ in deltas):
             undo += hosts.declare_untied(unwrap(model))
     except BaseException:
@@ -103,13 +104,18 @@ def _refuse(folds: dict[str, list[Fold]], untie: bool) -> None:
                 )
 
 
-def _fold(host: nn.Module, deltas: list[Fold], untie: bool) -> list[hosts.Undo]:
-    undo: list[hosts.Undo] = []
+def _stand_ins(host: nn.Module, deltas: list[Fold]) -> Tensors:
+    """What stands in for the host's parameters, by name; read before any tied one is changed."""
+    found: dict[str, Tensor] = {}
     for delta, _ in deltas:
         if delta.replaces:
             own = {name: hosts.parameter(host, name) for name in delta.parameters}
-            found = delta.effective(delta.t, own)
-            undo += [hosts.put(host, name, value.clone()) for name, value in found.items()]
+            found.update(delta.effective(delta.t, own))
+    return found
+
+
+def _fold(host: nn.Module, deltas: list[Fold], found: Tensors, untie: bool) -> list[hosts.Undo]:
+    undo = [hosts.put(host, name, value.clone()) for name, value in found.items()]
     changes = _in_effect([(d, weight) for d, weight in deltas if not d.replaces])
     if not changes:
         return undo
@@ -146,9 +152,10 @@ def _changed(
     new, new_b = delta.fold(t, part, part_b)
     if weight != 1.0:
         new = part + weight * (new - part)
-        if new_b is not None and part_b is not None:
-            new_b = part_b + weight * (new_b - part_b)
+        if new_b is not None:
+            new_b = weight * new_b if part_b is None else part_b + weight * (new_b - part_b)
     if rows is None:
         return new, new_b
-    whole_b = b if new_b is part_b or b is None or new_b is None else rows.place(b, new_b)
-    return rows.place(w.T, new.T).T, whole_b
+    if new_b is None or new_b is part_b:
+        return rows.place(w.T, new.T).T, b
+    return rows.place(w.T, new.T).T, rows.place(w.new_zeros(len(w)) if b is None else b, new_b)

@@ -22,6 +22,7 @@ from espalier.deltas import Batch, Delta
 from espalier.errors import AdapterError, nearest
 from espalier.modules import base_modules, unwrap
 from espalier.places import CHILD, Sites, sites
+from espalier.prompts import Prompts
 from espalier.seat import Seat
 
 
@@ -33,6 +34,7 @@ class Graft(nn.Module):
         live: (name, weight) of the active ones, in the order in which they act.
         seats: By path of the host.
         attentions: By path of the module that attends.
+        prompts: The port of deltas that put words among those of the text; None without any.
         stand_ins: For each adapter the (module, delta) pairs that replace parameters in place.
         skipped: In how many of the lowest layers each adapter does not act.
         merged: What undoes a merge, and the adapters that were live before it.
@@ -44,6 +46,7 @@ class Graft(nn.Module):
         self.live: tuple[tuple[str, float], ...] = ()
         self.seats: dict[str, Seat] = {}
         self.attentions: dict[str, Attention] = {}
+        self.prompts: Prompts | None = None
         self.stand_ins: dict[str, list[tuple[nn.Module, Delta]]] = {}
         self.skipped: dict[str, int] = {}
         self.merged: tuple[list[Callable[[], None]], tuple[tuple[str, float], ...]] | None = None
@@ -71,11 +74,13 @@ class Graft(nn.Module):
             seat.watchers.pop(adapter.name, None)
         for port in self.attentions.values():
             port.deltas.pop(adapter.name, None)
+        if self.prompts:
+            self.prompts.deltas.pop(adapter.name, None)
         modules = base_modules(model)
         stand_ins = self.stand_ins[adapter.name] = []
         for delta in self.acting(adapter):
             for path in delta.watches:
-                seat = self._seat(path, modules[path])
+                seat = self.seat(path, modules[path])
                 seat.watchers.setdefault(adapter.name, []).append(delta)
             host = modules[delta.site.path]
             if delta.attends:
@@ -83,10 +88,13 @@ class Graft(nn.Module):
                 port = self.attentions.get(path) or Attention(module, self)
                 self.attentions[path] = port
                 port.deltas.setdefault(adapter.name, []).append(delta)
+            elif delta.embeds:
+                self.prompts = self.prompts or Prompts(model, self.places, delta, self)
+                self.prompts.deltas.setdefault(adapter.name, []).append(delta)
             elif _direct(delta, host):
                 stand_ins.append((host, delta))
             else:
-                seat = self._seat(delta.site.path, host)
+                seat = self.seat(delta.site.path, host)
                 seat.deltas.setdefault(adapter.name, []).append(delta)
 
     def acting(self, adapter: Adapter) -> list[Delta]:
@@ -94,7 +102,8 @@ class Graft(nn.Module):
         skipped = self.skipped[adapter.name]
         return [d for d in adapter.deltas if d.site.layer is None or d.site.layer >= skipped]
 
-    def _seat(self, path: str, host: nn.Module) -> Seat:
+    def seat(self, path: str, host: nn.Module) -> Seat:
+        """The seat at a module, made if there is none yet."""
         if path not in self.seats:
             self.seats[path] = Seat(path, host, self)
         return self.seats[path]
@@ -102,10 +111,15 @@ class Graft(nn.Module):
     def remove(self, name: str) -> None:
         """Forget an adapter; seats that hold nothing any more leave their hosts."""
         del self.adapters[name], self._modules[_key(name)], self.stand_ins[name], self.skipped[name]
+        if self.prompts:
+            self.prompts.deltas.pop(name, None)
+            if not self.prompts.deltas:
+                self.prompts.leave()
+                self.prompts = None
         for path, seat in list(self.seats.items()):
             seat.deltas.pop(name, None)
             seat.watchers.pop(name, None)
-            if not (seat.deltas or seat.watchers) and seat.leave():
+            if not (seat.deltas or seat.watchers or seat.around) and seat.leave():
                 del self.seats[path]
         for path, port in list(self.attentions.items()):
             port.deltas.pop(name, None)
@@ -120,6 +134,8 @@ class Graft(nn.Module):
         self._shadows = []
         self._stale = False
         for adapter, _ in () if self.merged else self.live:
+            for delta in self.adapters[adapter].deltas:
+                delta.ready()
             for module, delta in self.stand_ins[adapter]:
                 for name, view in delta.t.items():
                     view.__deepcopy__ = _placeholder  # autograd's results refuse to be copied

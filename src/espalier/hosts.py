@@ -36,6 +36,11 @@ def dense(host: nn.Module, site: Site) -> Tensor:
     return weight.T if site.kind == "conv1d" else weight
 
 
+def packed(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is quantised: its elements are no numbers that could be trained."""
+    return not parameter.is_floating_point() or hasattr(parameter, "quant_state")
+
+
 def bias(host: nn.Module) -> Tensor | None:
     """The host's bias as float32, or None."""
     own = host._parameters.get("bias")

@@ -23,6 +23,13 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def backbone(model: nn.Module) -> str:
+    """The path of a task model's backbone; "" where the model is one itself."""
+    model = unwrap(model)
+    prefix = getattr(model, "base_model_prefix", "")
+    return prefix if prefix and prefix in model._modules else ""
+
+
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module of the base by path; what Espalier put beside them is left out."""
     return {

@@ -75,8 +75,8 @@ class Site:
     `path` is the host; for the spans `attention`, `cross` and `ffn` it is the out-projection, where
     the change leaves, and `enter` is the module whose input the change reads. A `block` enters and
     leaves at itself. `kind` is linear, conv1d (transformers' Conv1D, weight [in, out]), conv2d,
-    embedding, norm or block. `tied` lists the paths that hold the very same weight. `kv` is the width
-    of all keys and of all values of an attention span, None where they are not known.
+    embedding, norm or block. `tied` lists the paths that hold the very same weight. `kv` has the
+    widths of all keys and of all values of an attention span, None where they are not known.
     """
 
     role: str

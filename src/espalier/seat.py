@@ -7,6 +7,7 @@ breaks also when put on after `torch.compile`, survives accelerate's hooks, and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +28,10 @@ class Seat:
         host: The module whose input or output they change.
         deltas: For each adapter's name its deltas here, in the order in which they act.
         watchers: For each adapter's name the deltas elsewhere that mind this host's calls.
+        around: What else happens around a call here: around(call, args, kwargs) gives the output.
     """
 
-    __slots__ = ("deltas", "graft", "host", "inner", "path", "scaled", "watchers")
+    __slots__ = ("around", "deltas", "graft", "host", "inner", "path", "scaled", "watchers")
 
     def __init__(self, path: str, host: nn.Module, graft: Graft) -> None:
         self.path = path
@@ -38,11 +40,17 @@ class Seat:
         self.inner = host.__dict__.get("forward")  # another library's forward on this instance
         self.deltas: dict[str, list[Delta]] = {}
         self.watchers: dict[str, list[Delta]] = {}
+        self.around: Callable[..., Any] | None = None
         self.scaled = hosts.scaled(host)
         host.forward = self.forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The host's output, changed by the deltas of the active adapters in turn."""
+        if self.around is not None:
+            return self.around(self._run, args, kwargs)
+        return self._run(args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         graft = self.graft
         live = [
             (delta, weight) for name, weight in graft.live for delta in self.deltas.get(name, ())

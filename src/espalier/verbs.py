@@ -18,6 +18,7 @@ from espalier.modules import base_modules, unwrap
 from espalier.places import CHILD, Sites
 from espalier.plain.whole import replacements
 from espalier.recipes import Method, Recipe, recipe
+from espalier.routes import route
 
 Choice = str | Sequence[str] | Mapping[str, float] | None
 
@@ -109,6 +110,9 @@ def deltas_of(
         base = base_modules(model)
         for site in attending:
             caller(base, site)
+    for _, delta in deltas:
+        if delta.embeds:
+            route(model, places, delta)  # raises where words cannot enter
     taken = _replaced([delta for _, delta in deltas], parts)
     modules = {path: model.get_submodule(path) for path in head_modules(model, places, head)}
     heads = replacements(modules, lambda path, name: (path, name) not in taken, head=True)
@@ -174,6 +178,11 @@ def resolve(model: nn.Module, choice: Choice) -> tuple[tuple[str, float], ...]:
             raise AdapterError(
                 f"{name!r} brings keys to attend to; its weight multiplies their share of the "
                 f"attention and cannot be below 0, as {weight:g} is"
+            )
+        if weight != 1 and any(delta.embeds for delta in adapter.deltas):
+            raise AdapterError(
+                f"{name!r} puts words before the text, which are there or not: its weight must be "
+                f"1, not {weight:g}"
             )
         for delta in adapter.deltas if len(live) > 1 else ():
             for key in delta.parameters:

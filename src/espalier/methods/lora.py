@@ -89,10 +89,10 @@ class LoRA(Method):
 
     def plain(self) -> LoRA:
         """The LoRA (DoRA) that serves it; PiSSA's is of twice the rank and needs no other base."""
-        wider = 2 if principal(self.init) else 1
-        alpha = self.alpha * (math.sqrt(wider) if self.rslora else wider)
-        as_lora = replace(self, init="kaiming", freeze_a=False, plus=1.0)
-        return replace(as_lora, rank=wider * self.rank, alpha=alpha)
+        if not principal(self.init):
+            return replace(self, freeze_a=False)
+        alpha = self.alpha * (math.sqrt(2) if self.rslora else 2)
+        return replace(self, rank=2 * self.rank, alpha=alpha, init="kaiming")
 
     def deltas(self, model: nn.Module, places: Sites) -> list[Delta]:
         """One low-rank delta per site, and copies of the biases that train beside them."""

@@ -1,11 +1,11 @@
-"""Prefix-tuning (Li and Liang 2021, arXiv 2101.00190) and P-tuning v2 (Liu et al. 2021, 2110.07602).
+"""Prefix-tuning (Li and Liang, arXiv 2101.00190) and P-tuning v2 (Liu et al., arXiv 2110.07602).
 
     head(x) = softmax([q Kₚᵀ, q Kᵀ] / √d_h) [Vₚ; V],   Kₚ (L, h_kv·d_h), Vₚ likewise, per layer
 
 Every attention gets L keys and values of its own, before the text's; in an encoder-decoder the
 encoder's, the decoder's and the cross attention's are three separate families. While it trains,
 the paper's prefix is made by a network for each family, [Kₚ, Vₚ] = tanh(E W₁ᵀ + b₁) W₂ᵀ + b₂ with
-E (L, D) and M hidden units; `esp.plain` drops it. P-tuning v2 trains Kₚ and Vₚ themselves, from
+E (L, D) and M hidden units; `esp.to_plain` drops it. P-tuning v2 trains Kₚ and Vₚ themselves, from
 N(0, 1), and drops some of their entries at random in training.
 
 The text's positions stay as they are without a prefix (implementations that hand it over as a

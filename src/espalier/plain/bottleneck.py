@@ -135,9 +135,10 @@ class Bottleneck(Delta):
         if self.form.dropout and training:
             low = F.dropout(low, self.form.dropout)
         change = F.linear(low, up, t["up_bias"])
-        scale = t.get("scale", self.form.scale)
-        if scale != 1.0 or isinstance(scale, Tensor):
-            change = change * scale
+        if "scale" in t:
+            change = change * t["scale"]
+        elif self.form.scale != 1.0:
+            change = change * float(self.form.scale)
         return change * t["gate"] if "gate" in t else change
 
 
@@ -152,7 +153,7 @@ class Depth:
         self.skipped: int | Tensor = 0
 
     def draw(self, training: bool) -> None:
-        """k ~ U{0 … layers − 1} for a training pass, 0 for any other."""
+        """Draw from U{0 … layers − 1} for a training pass; 0 for any other."""
         self.skipped = 0
         if training:
             drawn = torch.randint(self.layers, ())
@@ -221,22 +222,12 @@ def kronecker_sum(a: Tensor, b: Tensor) -> Tensor:
 class Parallel(Bottleneck):
     """y + branch(x), x what enters the part, or the residual stream that it was made from.
 
-    With `norms` (those of the block) the branch reads the residual stream. In a block that starts
-    with a norm it is the input of the norm whose output enters; in any other it is what enters.
-    `beside` are the block and where its attention enters: they tell which kind of block it is.
+    With `norms`, those of the block, it is the stream: in a block that starts with a norm the input
+    of the norm whose output enters, in any other what enters. Where the block's attention enters is
+    watched too, to tell which comes first, and the block, whose end ends what was seen.
     """
 
-    def __init__(
-        self,
-        site: Site,
-        form: Form,
-        norms: tuple[str, ...] = (),
-        beside: tuple[str, ...] = (),
-        **trained: Trained,
-    ) -> None:
-        super().__init__(site, form, **trained)
-        self.norms = norms
-        self.watches = tuple(dict.fromkeys((*self.watches, *norms, *beside)))
+    norms: tuple[str, ...] = ()
 
     def after(self, t: Tensors, x: Tensor, y: Tensor, training: bool) -> Tensor:
         """The output y (…, D_out) with the change made from x (…, D_in)."""

@@ -22,7 +22,7 @@ class GatedDelta(Delta):
         u = Trained((part.gate_width,), _small)
         super().__init__(part.site, **part.trained, gate_u=u, gate_a=Trained((1,)))
         self.part = part
-        self.watches = part.watches
+        self.watches = part.watches or self.watches  # the gate reads what enters in any case
         self.attends, self.reads_host = part.attends, part.reads_host
         causal = part.site.stack == "decoder"
         self.over = over if over != "auto" else "token" if causal else "sequence"

@@ -32,6 +32,7 @@ class Prefix(Delta):
             values=Trained((length, values), init.normal_),
         )
         self.dropout = dropout
+        self.watches = ()  # what enters is nothing to it
 
     def attend(self, t: Tensors, x: Tensor, training: bool) -> tuple[Tensor, Tensor]:
         """The keys (1, L, K) and values (1, L, V)."""
@@ -53,6 +54,7 @@ class MadePrefix(Delta):
         w2, b2 = (Trained(shape, _like_linear(hidden)) for shape in ((width, hidden), (width,)))
         super().__init__(site, **shared, w2=w2, b2=b2)
         self.dropout = dropout
+        self.watches = ()  # what enters is nothing to it
 
     def attend(self, t: Tensors, x: Tensor, training: bool) -> tuple[Tensor, Tensor]:
         """The keys (1, L, K) and values (1, L, V) that the network makes now."""

@@ -36,6 +36,7 @@ def orthogonal(a: Tensor) -> None:
 RANDOM: dict[str, Callable[[Tensor], None]] = {
     "kaiming": uniform, "gaussian": gaussian, "orthogonal": orthogonal,
 }  # fmt: skip
+_MORE = 8  # directions that random projection looks for beyond those asked, for its accuracy
 _PRINCIPAL = re.compile(r"pissa(?:_niter_(\d+))?")
 
 
@@ -75,7 +76,8 @@ def principal_factors(
         if read[1] is None:
             u, s, vt = torch.linalg.svd(w, full_matrices=False)
         else:
-            u, s, v = torch.svd_lowrank(w, rank, niter=int(read[1]))
+            wider = min(rank + _MORE, *shape)
+            u, s, v = torch.svd_lowrank(w, wider, niter=int(read[1]))
             vt = v.T
         root = (s[:rank] / scale).sqrt()
         return root.unsqueeze(1) * vt[:rank], u[:, :rank] * root

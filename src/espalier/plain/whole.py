@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase, translate
 from typing import ClassVar
 
 from torch import Tensor, nn
 
+from espalier import hosts
 from espalier.deltas import Delta, Trained
 from espalier.errors import SiteError
-from espalier.places import Site
+from espalier.modules import base_modules
+from espalier.places import Site, Sites
 
 
 class Replacement(Delta):
@@ -45,15 +49,83 @@ def replacements(
         for name, p in module._parameters.items():
             if p is None or not keep(path, name):
                 continue
-            if not p.is_floating_point():
-                raise SiteError(f"{path}.{name} is quantised ({p.dtype}) and cannot be trained")
-            own[name] = specs.setdefault(
-                id(p), Trained(tuple(p.shape), _copy_of(p), head=head)
-            )
+            refuse_packed(f"{path}.{name}", p)
+            own[name] = specs.setdefault(id(p), Trained(tuple(p.shape), _copy_of(p), head=head))
         if own:
             site = Site("parameter", path, "parameter", None, "", 0, 0)
             found.append(Replacement(site, **own))
     return found
+
+
+def chosen(model: nn.Module, places: Sites, selector: str) -> list[tuple[str, str]]:
+    """(path, name) of every parameter that a selector takes, in model order, all ends of tied ones.
+
+    Roles are selected as everywhere, `block` with all that is in a layer. A pattern over names
+    takes modules with all that is in them, and single parameters ("*.bias").
+
+    Raises:
+        SiteError: A term matches nothing, or a slice of a fused layer.
+    """
+    modules = base_modules(model)
+    owned = {(path, name): p for path, m in modules.items() for name, p in m._parameters.items()}
+    kept: set[int] = set()
+    left: set[int] = set()
+    for term in (term.strip() for term in selector.split(",")):
+        what = term.lstrip("! ")
+        if what:
+            found = _named(owned, places, what) or _placed(owned, places, what)
+            (left if term.startswith("!") else kept).update(id(owned[key]) for key in found)
+    keys = [key for key, p in owned.items() if p is not None and id(p) in kept - left]
+    if not keys:
+        raise SiteError(f"the selector {selector!r} takes no parameter of {places.notes.model}")
+    return keys
+
+
+Owned = Mapping[tuple[str, str], nn.Parameter | None]
+
+
+def _named(owned: Owned, places: Sites, what: str) -> list[tuple[str, str]]:
+    """By name: parameters, and all that lies in a module. None for roles, stacks and layers."""
+    if what == "all-linear" or "/" in what or "@" in what:
+        return []
+    if any(fnmatchcase(role, what) for role in places.whole.roles):
+        return []
+    match = re.compile(r"(?:.*\.)?" + translate(what)).match
+    found = []
+    for path, name in owned:
+        names = [*path.split("."), name]
+        if any(match(".".join(names[:end])) for end in range(1, len(names) + 1)):
+            found.append((path, name))
+    return found
+
+
+def _placed(owned: Owned, places: Sites, what: str) -> list[tuple[str, str]]:
+    """By role: what the modules at the sites own, and whole blocks."""
+    paths: set[str] = set()
+    for site in places.select(what):
+        if site.span and site.role != "block":
+            raise SiteError(
+                f"{site.role!r} is a span, no layer with parameters of its own; write "
+                f"'{site.role}.*' for the layers within it"
+            )
+        if site.rows is not None:
+            raise SiteError(
+                f"{site.role!r} is a slice of {site.path}, whose parameters can only be trained "
+                "whole; name the fused layer"
+            )
+        inside = site.path + "."
+        paths.update(
+            path
+            for path, _ in owned
+            if path == site.path or (site.role == "block" and path.startswith(inside))
+        )
+    return [key for key in owned if key[0] in paths]
+
+
+def refuse_packed(path: str, parameter: nn.Parameter) -> None:
+    """Raise SiteError where a parameter is quantised: there are no numbers to train."""
+    if hosts.packed(parameter):
+        raise SiteError(f"{path} is quantised ({parameter.dtype}) and cannot be trained")
 
 
 def _copy_of(parameter: nn.Parameter) -> Callable[[Tensor], object]:
