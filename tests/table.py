@@ -45,6 +45,7 @@ IDS = [f"{case.name}-{recipe}" for case, recipe in TABLE]
 # Pairs that cannot be, by what they say.
 REFUSED: dict[tuple[str, str], str] = {
     **{(name, "head"): "trains nothing here" for name in ("gpt2", "llama", "t5", "bart")},
+    **{(name, "bitfit"): "no biases to train" for name in ("llama", "t5")},
 }
 
 

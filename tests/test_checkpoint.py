@@ -191,7 +191,7 @@ def test_a_full_disk_leaves_the_old_files_whole(
 def test_saving_needs_an_unmerged_base_and_a_known_format(tmp_path: Path) -> None:
     model = BERT.make()
     esp.attach(model, esp.LoRA(rank=2), "mine")
-    with pytest.raises(SettingError, match="'espalier' or 'peft'"):
+    with pytest.raises(SettingError, match="'espalier', 'peft' or 'diffusers'"):
         esp.save(model, "mine", tmp_path, format="pickle")  # type: ignore[arg-type]
     esp.merge(model)
     with pytest.raises(esp.errors.AdapterError, match="unmerge"):

@@ -17,15 +17,22 @@ from espalier import errors
 
 if TYPE_CHECKING:
     from espalier.accounting import account
+    from espalier.calibration import calibrate
     from espalier.checkpoint import load, read_card, save
     from espalier.deltas import Batch, Call, Delta, Kept, Tensors, Trained
     from espalier.errors import EspalierError
     from espalier.folding import merge, unmerge
     from espalier.from_text import prefix_from_text
+    from espalier.methods.bitfit import BitFit
+    from espalier.methods.compacter import Compacter
     from espalier.methods.full import FullTuning
     from espalier.methods.head import HeadOnly
+    from espalier.methods.ia3 import IA3
     from espalier.methods.lora import LoRA
+    from espalier.methods.parallel import ParallelAdapter
+    from espalier.methods.partial import PartialTuning
     from espalier.methods.prefix import PrefixTuning, PTuningV2
+    from espalier.methods.serial import SerialAdapter
     from espalier.places import Site, Sites, sites
     from espalier.reading import gates
     from espalier.recipes import Method, Recipe, recipe
@@ -39,6 +46,7 @@ if TYPE_CHECKING:
         freeze,
         groups,
         parameters,
+        skip_layers,
         thaw,
         to_plain,
     )
@@ -48,6 +56,7 @@ __version__ = "0.1.0"
 # Public names by the module that holds them; methods are found by their files.
 _MODULES = {
     "accounting": ("account",),
+    "calibration": ("calibrate",),
     "checkpoint": ("load", "read_card", "save"),
     "deltas": ("Batch", "Call", "Delta", "Kept", "Tensors", "Trained"),
     "errors": ("EspalierError",),
@@ -55,7 +64,7 @@ _MODULES = {
     "from_text": ("prefix_from_text",),
     "verbs": (
         *("activate", "active", "attach", "dead_sites", "detach"),
-        *("freeze", "groups", "parameters", "thaw", "to_plain"),
+        *("freeze", "groups", "parameters", "skip_layers", "thaw", "to_plain"),
     ),
     "reading": ("gates",),
     "places": ("Site", "Sites", "sites"),
@@ -65,11 +74,12 @@ _MODULES = {
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "Batch", "Call", "Delta", "EspalierError", "FullTuning", "HeadOnly", "Kept", "LoRA", "Method",
-    "PTuningV2", "PrefixTuning", "Recipe", "RunConfig", "RunResult", "Site", "Sites", "Tensors", "Trained",
-    "account", "activate", "active", "attach", "dead_sites", "detach", "errors", "fit",
-    "freeze", "gates", "groups", "load", "merge", "parameters", "prefix_from_text",
-    "read_card", "recipe", "save", "sites", "thaw", "to_plain", "train", "unmerge",
+    "IA3", "Batch", "BitFit", "Call", "Compacter", "Delta", "EspalierError", "FullTuning",
+    "HeadOnly", "Kept", "LoRA", "Method", "PTuningV2", "ParallelAdapter", "PartialTuning",
+    "PrefixTuning", "Recipe", "RunConfig", "RunResult", "SerialAdapter", "Site", "Sites", "Tensors",
+    "Trained", "account", "activate", "active", "attach", "calibrate", "dead_sites", "detach",
+    "errors", "fit", "freeze", "gates", "groups", "load", "merge", "parameters", "prefix_from_text",
+    "read_card", "recipe", "save", "sites", "skip_layers", "thaw", "to_plain", "train", "unmerge",
 ]  # fmt: skip
 
 

@@ -196,7 +196,8 @@ def _heads(rows: Tensor, text: Tensor, delta: Delta) -> Tensor:
             f"{type(delta).__name__} at {delta.site.path} brings keys or values of "
             f"{rows.shape[-1]} numbers where the text's have {heads} heads of {width}"
         )
-    return rows.unflatten(-1, (heads, width)).transpose(1, 2).expand(batch, -1, -1, -1)
+    split = rows.to(text.dtype).unflatten(-1, (heads, width))
+    return split.transpose(1, 2).expand(batch, -1, -1, -1)
 
 
 def _widened(

@@ -37,7 +37,7 @@ def save(
     name: str,
     folder: str | Path,
     *,
-    format: Literal["espalier", "peft"] = "espalier",
+    format: Literal["espalier", "peft", "diffusers"] = "espalier",
     extras: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write an adapter into a folder; returns the folder.
@@ -46,12 +46,13 @@ def save(
         model: A model with adapters.
         name: Which of them.
         folder: Made if need be. Files appear whole or not at all.
-        format: "espalier", or "peft" for a folder that huggingface/peft and vLLM read.
+        format: "espalier"; "peft" for a folder that huggingface/peft and vLLM read; "diffusers"
+            for one that a pipeline's `load_lora_weights` takes.
         extras: JSON data to keep in the card.
 
     Raises:
         AdapterError: No such adapter, or one is merged into the base.
-        CheckpointError: The folder cannot be written, or PEFT has no form for this adapter.
+        CheckpointError: The folder cannot be written, or the format has no form for this adapter.
         SettingError: An unknown format.
     """
     model = unwrap(model)
@@ -62,6 +63,10 @@ def save(
         from espalier.interop.peft import write_peft
 
         write_peft(model, adapter, folder)
+    elif format == "diffusers":
+        from espalier.interop.diffusers import write_diffusers
+
+        write_diffusers(model, adapter, folder)
     elif format == "espalier":
         card = _card(model, adapter, extras or {})
         text = json.dumps(card, ensure_ascii=False)
@@ -70,7 +75,7 @@ def save(
         pretty = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
         container.write_text(folder / CARD, pretty)
     else:
-        raise SettingError(f"format is 'espalier' or 'peft', not {format!r}")
+        raise SettingError(f"format is 'espalier', 'peft' or 'diffusers', not {format!r}")
     return folder
 
 
@@ -146,7 +151,8 @@ def load(
 
     Args:
         model: The base that it was trained on; it may hold other adapters.
-        folder: Espalier's or PEFT's folder, a run folder, or a hub id ("owner/name").
+        folder: Espalier's, PEFT's or diffusers' folder, a run folder, a file of Espalier's or
+            diffusers', or a hub id ("owner/name").
         name: The name to attach it under; the folder's own by default.
         trainable: Go on training it.
         check_base: Compare the base's values with those noted when it was saved.
@@ -155,13 +161,18 @@ def load(
         CheckpointError: Missing, damaged, foreign, or made for another base; the model is as
             it was then.
     """
+    from espalier.interop.diffusers import read_diffusers, weights_in
+
     model = unwrap(model)
     path = _local(str(folder))
-    name = path.resolve().name if name is None else name
+    if name is None:
+        name = path.resolve().stem if path.is_file() else path.resolve().name
     if (path / PEFT_CONFIG).is_file():
         from espalier.interop.peft import read_peft
 
         graft, adapter = read_peft(model, path, name)
+    elif file := weights_in(path):
+        graft, adapter = read_diffusers(model, file, name)
     else:
         opened, card = _read(path)
         if check_base:

@@ -70,8 +70,8 @@ def prefix_from_text(
     with torch.no_grad():
         for delta, keys, values in targets:
             if "keys" in delta.t:
-                delta.t["keys"].copy_(keys)
-                delta.t["values"].copy_(values)
+                delta.t["keys"].data.copy_(keys)
+                delta.t["values"].data.copy_(values)
     return _regress(adapter, made, steps, learning_rate) if made else 0.0
 
 
@@ -79,9 +79,9 @@ def _listen(model: nn.Module, deltas: list[Delta], inputs: dict[str, Any]) -> li
     """Runs the bare model on the text and cuts what each delta's attention attended to."""
     graft, modules = find(model), base_modules(model)
     calls = [caller(modules, delta.site) for delta in deltas]
-    ears = {path: _Listener(module) for path, module in calls}
     live, modes = dict(graft.live), [(m, m.training) for m in model.modules()]
     activate(model, None)
+    ears = {path: _Listener(module) for path, module in calls}
     try:
         model.eval()
         for ear in ears.values():

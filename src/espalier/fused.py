@@ -46,8 +46,10 @@ def why_not(owner: Any, n_out: int) -> str:
 
 
 def _classes(owner: Any) -> list[str]:
-    # Only transformers' own: the same name elsewhere may mean another layout.
-    return [c.__name__ for c in type(owner).__mro__ if c.__module__.startswith("transformers.")]
+    # Only transformers' and diffusers' own: the same name elsewhere may mean another layout.
+    prefix = {"transformers": "", "diffusers": "diffusers."}
+    homes = ((c.__name__, c.__module__.partition(".")[0]) for c in type(owner).__mro__)
+    return [prefix[home] + name for name, home in homes if home in prefix]
 
 
 def _cut(groups: int, sizes: tuple[int, ...], n_out: int) -> tuple[Rows, ...] | None:

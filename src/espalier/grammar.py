@@ -10,6 +10,7 @@ How a fused host lays out its rows is never guessed: `FUSED` lists the classes w
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from functools import lru_cache
 
 HOST_ROLES = (
@@ -27,7 +28,8 @@ SLICES = {"qkv": ("q", "k", "v"), "kv": ("k", "v"), "gate_in": ("gate", "in")}
 CROSS = re.compile(r"cross|encdec|encoder_attn|encoder_decoder_att|^attn2$|^multihead_attn$", re.I)
 ATTENTION = re.compile(r"att(ention|n)|(^|_)att$", re.I)
 FFN = re.compile(
-    r"^(mlp|ffn?s?|ffw\w*|net|feed_?forward\w*|densereludense|\w*experts?|\w*mlp|\w*moe)$", re.I
+    r"^(mlp|ffn?s?|ff_context|ffw\w*|net|feed_?forward\w*|densereludense|\w*experts?|\w*mlp|\w*moe)$",
+    re.I,
 )
 # Linears under these are no part of attention or feed-forward: adaptive norms, MobileBERT's
 # bottlenecks, adapters that a model brings along.
@@ -70,7 +72,8 @@ _FFN_LEAVES = (
         re.compile(
             r"fc_?1|lin_?1|linear_?1|linear_fc1|layer_1|wi|wi_1|up_proj|c_fc|fc_in|w3|linear_in|"
             r"(?:intermediate\.)?dense_?1|dense_h_to_4h|intermediate(?:\.dense|_dense)?|0|0\.proj|"
-            r"ffw_layer_1|pwconv1|dense_in|dense\.dense|fc1\.proj|w_in\.w_1|in_proj"
+            r"ffw_layer_1|pwconv1|dense_in|dense\.dense|fc1\.proj|w_in\.w_1|in_proj|"
+            r"linear_3"
         ),
     ),
     (
@@ -78,7 +81,8 @@ _FFN_LEAVES = (
         re.compile(
             r"fc_?2|lin_?2|linear_?2|linear_fc2|layer_2|wo|Wo|w2|down_proj|c_proj|fc_out|[1-9]|"
             r"dense_?2|dense_4h_to_h|output(?:\.dense|_dense|_linear)?|ffw_layer_2|pwconv2|"
-            r"linear_out|dense_out|w_out|out_proj"
+            r"linear_out|dense_out|w_out|out_proj|"
+            r"out_projection"
         ),
     ),
 )
@@ -88,7 +92,9 @@ _BARE_FFN = (
     ("gate", re.compile(r"gate_proj")),
     (
         "in",
-        re.compile(r"fc1|linear_?1|lin1|pwconv1|ffn|intermediate(_query)?(\.|_)dense|up_proj"),
+        re.compile(
+            r"fc1|linear_?1|lin1|pwconv1|ffn|intermediate(_query)?(\.|_)dense|up_proj|proj_mlp"
+        ),
     ),
     (
         "out",
@@ -112,10 +118,19 @@ _STACKS = (
     ("vision", re.compile(r"(^|[._])(vision|visual|image|pixel|video)([._]|$)")),
     ("audio", re.compile(r"(^|[._])(audio|speech|acoustic)([._]|$)")),
     ("text", re.compile(r"(^|[._])(text|language)([._]|$)")),
+    *((name, re.compile(rf"^{name}_blocks?(\.|$)")) for name in ("down", "mid", "up")),
 )
+# Lists in a diffusion model whose members hold blocks or single layers and are none themselves.
+STAGES = re.compile(r"^(down_blocks|up_blocks|resnets)$")
 # Lists of blocks, also where they stand inside a stage.
 LAYERS = re.compile(r"^(\w*layers?|\w*blocks?|\d+|h)$")
 _CODER = re.compile(r"(encoder|decoder)")
+
+
+def alone(path: str, siblings: Container[str]) -> str:
+    """The path with SD 3.5's `attn2` named otherwise: without an `attn1` it crosses to nothing."""
+    second = path.startswith("attn2.") and "attn1" not in siblings
+    return "attn_2." + path.removeprefix("attn2.") if second else path
 
 
 @lru_cache(maxsize=8192)
@@ -158,6 +173,12 @@ def _tail(table: tuple[tuple[str, re.Pattern[str]], ...], names: list[str]) -> t
             if pattern.fullmatch(ending):
                 return part, start
     return "", 0
+
+
+def of_attention(path: str) -> bool:
+    """Whether the module that holds this one is an attention."""
+    parent = path.rpartition(".")[0].rpartition(".")[2]
+    return bool(ATTENTION.search(parent) or CROSS.search(parent))
 
 
 @lru_cache(maxsize=1024)
@@ -227,6 +248,8 @@ FUSED = {
     **{name + "Attention": "grouped" for name in _GROUPED.split()},
     "Attention": "split",  # OpenAI's first GPT
     "DisentangledSelfAttention": "grouped",  # DeBERTa's in_proj
+    **dict.fromkeys(("diffusers.GEGLU", "diffusers.SwiGLU"), "swapped"),
+    "diffusers.Flux2FeedForward": "split",
 }
 # Their key-value count says less than their class: one key and value for every query head.
 ONE_EACH = {"GPTNeoXAttention", "GPTNeoXJapaneseAttention", "BloomAttention", "PersimmonAttention",

@@ -143,6 +143,13 @@ def scaled(host: nn.Module) -> bool:
     return isinstance(host, nn.Embedding) and hasattr(host, "embed_scale")
 
 
+def checkpointed(host: nn.Module) -> bool:
+    """Whether a block checkpoints itself within its class's forward, as transformers' do."""
+    own = type(host).forward
+    names = getattr(getattr(own, "__code__", None), "co_names", ())
+    return hasattr(own, "__wrapped__") and "_gradient_checkpointing_func" in names
+
+
 def gain(host: nn.Module) -> Tensor:
     """What a scaled embedding multiplies its rows with."""
     return torch.as_tensor(host.embed_scale, dtype=parameter(host, "weight").dtype)

@@ -57,7 +57,7 @@ class Prompts:
         self.filler, self.separators = _ids_of(model)
         self.live: tuple[Delta, ...] = ()  # while the stack runs
         self.spread: Spread | None = None
-        self.pending = False  # words to put in where the ids given are embedded
+        self.pending, self.texts = False, 0  # words wait for the embedding of so many texts
         self.arounds: dict[str, Callable[..., Any]] = {
             self.route.stack: self._through_stack,
             self.route.door: self._into_first if self.route.images else self._through_words,
@@ -123,7 +123,7 @@ class Prompts:
             self._go_on(given, length, mask)
             return
         self.spread = self._spread(given, size, words.device)
-        self.pending = ids is not None
+        self.pending, self.texts = ids is not None, len(words)
         for name, value in given.items():
             given[name] = self._widened(name, value, words.shape[:2])
         self._tell(given.get("attention_mask"), continuing=False)
@@ -217,10 +217,10 @@ class Prompts:
         self.pending = False  # types may be embedded by the same table afterwards
         here = self.spread
         assert here is not None
-        if y.dim() != 3 or y.shape[1] != here.width:
+        if y.dim() != 3 or len(y) != self.texts or y.shape[1] < here.width:
             raise AdapterError(
                 f"a soft prompt cannot stand among words embedded as {tuple(y.shape)}: "
-                f"(texts, {here.width} words, width) is what it can change"
+                f"({self.texts} texts, {here.width} words, width) is what it can change"
             )
         return here.put(y, self._rows(y))
 

@@ -64,8 +64,7 @@ def route(model: nn.Module, places: Sites, delta: Delta) -> Route:
     _refuse_unseen(delta, images)
     body = _child(stack, blocks[-1])
     body = None if isinstance(modules[body], nn.ModuleList) else body
-    inside = [s.path for s in whole if s.role == "pooler" and s.path.startswith(_below(stack))]
-    pooler = _child(stack, inside[0]) if inside and not images else None
+    pooler = f"{_below(stack)}pooler" if f"{_below(stack)}pooler" in modules else None
     reader = _reader(modules, whole, site)
     return Route(
         stack,

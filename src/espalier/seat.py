@@ -31,7 +31,10 @@ class Seat:
         around: What else happens around a call here: around(call, args, kwargs) gives the output.
     """
 
-    __slots__ = ("around", "deltas", "graft", "host", "inner", "path", "scaled", "watchers")
+    __slots__ = (
+        *("around", "checkpointed", "deltas", "graft", "host", "inner", "path", "scaled"),
+        "watchers",
+    )
 
     def __init__(self, path: str, host: nn.Module, graft: Graft) -> None:
         self.path = path
@@ -42,23 +45,61 @@ class Seat:
         self.watchers: dict[str, list[Delta]] = {}
         self.around: Callable[..., Any] | None = None
         self.scaled = hosts.scaled(host)
+        self.checkpointed = hosts.checkpointed(host)
         host.forward = self.forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The host's output, changed by the deltas of the active adapters in turn."""
         if self.around is not None:
             return self.around(self._run, args, kwargs)
+        if self.checkpointed and self.host.gradient_checkpointing and self.host.training:
+            return self._checkpointed(args, kwargs)
         return self._run(args, kwargs)
+
+    def _checkpointed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The host's own forward, which checkpoints itself, with the deltas in the checkpoint."""
+        host: Any = self.host
+        function = host._gradient_checkpointing_func
+        host._gradient_checkpointing_func = partial(self._checkpoint, function)
+        try:
+            return self._inner(args, kwargs)
+        finally:
+            host._gradient_checkpointing_func = function
+
+    def _checkpoint(self, function: Callable[..., Any], body: partial[Any], *args: Any) -> Any:
+        return function(partial(self._within, body), *args)
+
+    def _within(self, body: partial[Any], *args: Any) -> Any:
+        """What is checkpointed, and run again in the backward pass."""
+        inner, self.inner = self.inner, partial(body.func, *body.args)
+        try:
+            return self._run(args, body.keywords)
+        finally:
+            self.inner = inner
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         graft = self.graft
         live = [
             (delta, weight) for name, weight in graft.live for delta in self.deltas.get(name, ())
         ]
-        result = self._changed(live, args, kwargs) if live else self._inner(args, kwargs)
-        if self.watchers:
+        if not self.watchers:
+            return self._changed(live, args, kwargs) if live else self._inner(args, kwargs)
+        try:
+            result = self._changed(live, args, kwargs) if live else self._inner(args, kwargs)
             self._tell(live, args, kwargs, result)
-        return result
+            return result
+        finally:  # the end of a call around a delta's own ends what the delta has seen
+            for delta in self._watching(within=True):
+                delta.seen.clear()
+
+    def _watching(self, within: bool) -> list[Delta]:
+        """The live deltas that mind this host's calls and stand within it, or do not."""
+        return [
+            delta
+            for name, _ in self.graft.live
+            for delta in self.watchers.get(name, ())
+            if delta.site.path.startswith(self.path + ".") == within
+        ]
 
     def _changed(
         self, live: list[tuple[Delta, float]], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -110,14 +151,10 @@ class Seat:
         kwargs: dict[str, Any],
         result: Any,
     ) -> None:
-        """Leave this call with the deltas that mind it; the end of one around them ends it all."""
-        for name, _ in self.graft.live:
-            for delta in self.watchers.get(name, ()):
-                if delta.site.path.startswith(self.path + "."):
-                    delta.seen.clear()
-                    continue
-                again = partial(self._again, live, args[1:], kwargs)
-                delta.seen[self.path] = Call(_given(args, kwargs), _first(result), again)
+        """Leave this call with the deltas that mind it."""
+        for delta in self._watching(within=False):
+            again = partial(self._again, live, args[1:], kwargs)
+            delta.seen[self.path] = Call(_given(args, kwargs), _first(result), again)
 
     def _again(
         self,

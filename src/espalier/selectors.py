@@ -164,7 +164,7 @@ def _nothing(sites: Sites, term: str, what: str) -> str:
     held = next((path_and_why for path_and_why in sites.notes.bare if match(path_and_why[0])), None)
     if held is not None and what not in ROLES:
         return f"{term!r} matches {held[0]}, but it is a {held[1]}: no place a method can stand on"
-    if what in ROLES or what.partition(".")[0] in SPANS:
+    if what in (*ROLES, ALL_LINEAR, ALL_ATTENTION) or what.partition(".")[0] in SPANS:
         return f"no {what!r} in {model} (asked by {term!r}); it has {have}{_hidden(sites, what)}"
     names = {s.path.rpartition(".")[2] for s in sites} | {s.path for s in sites if "." in what}
     near = nearest(what, {*sites.roles, ALL_LINEAR, ALL_ATTENTION, *names})

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from espalier import fused, grammar
+from espalier import fused, grammar, widths
 from espalier.places import CHILD, Conv, Notes, Rows, Site, Sites
 
 if TYPE_CHECKING:
@@ -65,11 +65,13 @@ class _Survey:
     bare: list[tuple[str, str]] = field(default_factory=list)
     unknown: dict[str, str] = field(default_factory=dict)
     kinds: dict[type, str] = field(default_factory=dict)
+    denoiser: bool = False  # one of diffusers' models
 
 
 def survey(model: nn.Module) -> Sites:
     """Every site of a model, in model order."""
-    work = _Survey(model)
+    homes = {cls.__module__.partition(".")[0] for cls in type(_unwrap(model)).__mro__}
+    work = _Survey(model, denoiser="diffusers" in homes)
     _walk(work, model, "", None, {id(model)})
     _name(work)
     stacks = _number(work)
@@ -121,6 +123,8 @@ def _block_at(
 ) -> _Block | None:
     child = _unwrap(container._modules[name])  # type: ignore[arg-type]
     if not child._modules or grammar.is_head(path) or _kind(child) != "none":
+        return above
+    if work.denoiser and grammar.STAGES.match(path.rpartition(".")[2]):
         return above
     if above is not None:
         if not grammar.LAYERS.match(path.rpartition(".")[2]):
@@ -184,31 +188,20 @@ def _name(work: _Survey) -> None:
             elif backbone and not host.path.startswith(backbone) and "pooler" not in host.path:
                 host.role = "head"
             else:
-                host.role = grammar.outer_role(host.path)
+                role = grammar.outer_role(host.path)
+                # What gives a denoiser's output is pretrained and no task head.
+                host.role = "other" if work.denoiser and role == "head" else role
         elif host.kind == "embedding":
             known = id(host.module) in words
             host.role = "embedding" if known else grammar.embedding_role(host.path)
         else:
             host.role = {"conv2d": "conv", "norm": "norm"}[host.kind]
     _set_stores_aside(work)
-    _settle_gates(work)
-
-
-def _settle_gates(work: _Survey) -> None:
-    """Widths decide what names leave open: whether a feed-forward part has a gate, and where."""
-    parts: dict[tuple[_Block | None, str], dict[str, _Found]] = {}
+    parts: dict[tuple[_Block | None, str], list[widths.Named]] = {}
     for host in work.hosts:
         if host.role.startswith("ffn."):
-            parts.setdefault((host.block, host.part), {})[host.role[4:]] = host
-    for part in parts.values():
-        if "gate" in part and "in" not in part:
-            part["gate"].role = "ffn.in"  # a w1 without a w3
-        elif "gate" not in part and "out" in part:
-            inner = part["out"].n_in
-            for name, host in part.items():
-                if name != "out":
-                    both = host.n_out == 2 * inner
-                    host.role = "ffn.gate_in" if both else "ffn.in"
+            parts.setdefault((host.block, host.part), []).append(host)
+    widths.settle(parts.values())
 
 
 def _word_tables(model: Any) -> set[int]:
@@ -232,7 +225,8 @@ def _role_in(block: _Block, path: str) -> tuple[str, str]:
     # XLM keeps its attentions and feed-forwards in lists of their own, whose name is the context.
     leaf = block.container.rpartition(".")[2]
     before = f"{leaf}." if grammar.names_a_part(leaf) else ""
-    role, part = grammar.block_role(before + path[len(block.path) + 1 :])
+    inside = grammar.alone(path[len(block.path) + 1 :], block.module._modules)
+    role, part = grammar.block_role(before + inside)
     return role, f"{block.path}.{part}"
 
 
@@ -244,12 +238,13 @@ def _number(work: _Survey) -> tuple[str, ...]:
         root = block
         while root.above is not None:
             root = root.above
-        if root is block:
+        block.stack = grammar.stack_of(block.container)
+        key = block.stack if work.denoiser and block.stack else root.container
+        if root is block and key == block.container:
             block.layer = block.index
         else:
-            block.layer = counts.get(root.container, 0)
-            counts[root.container] = block.layer + 1
-        block.stack = grammar.stack_of(block.container)
+            block.layer = counts.get(key, 0)
+            counts[key] = block.layer + 1
     named = dict.fromkeys(block.stack for block in blocks)
     if len(named) < 2:
         named = {_single_stack(work, blocks): None}
@@ -272,7 +267,7 @@ def _single_stack(work: _Survey, blocks: list[_Block]) -> str:
         return "vision"
     if fed in ("input_values", "input_features"):
         return "audio"
-    if not blocks or not hasattr(model, "config"):
+    if not blocks or work.denoiser or not hasattr(model, "config"):
         return blocks[0].stack if blocks else ""
     if any(getattr(module, "is_causal", False) for module in blocks[0].module.modules()):
         return "decoder"
@@ -372,7 +367,8 @@ def _kv(family: str, part: list[_Found]) -> tuple[int, int] | None:
 def _block_width(hosts: list[_Found]) -> int:
     for roles in (("ffn.out", "attention.o"), ("norm",), ("other", "attention.extra")):
         for host in reversed(hosts):
-            if host.role in roles:
+            # Norms of queries and keys are as wide as a head.
+            if host.role in roles and not (host.role == "norm" and grammar.of_attention(host.path)):
                 return host.n_out
     return hosts[-1].n_out
 

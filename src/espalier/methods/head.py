@@ -20,7 +20,7 @@ from espalier.recipes import Method
 class HeadOnly(Method):
     """Train the task head alone (linear probing on frozen features)."""
 
-    learning_rate: ClassVar[float] = 2e-3
+    learning_rate: ClassVar[float] = 2e-2
 
     def deltas(self, model: nn.Module, places: Sites) -> list[Delta]:
         """No delta: the head itself belongs to every adapter of a task model."""

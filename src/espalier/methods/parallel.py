@@ -14,6 +14,7 @@ takes M = 512 and s = 4 for generation, 16 and 2 for GLUE.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -21,6 +22,7 @@ from torch import nn
 
 from espalier.deltas import Delta, Trained
 from espalier.errors import SiteError
+from espalier.modules import base_modules
 from espalier.places import Site, Sites
 from espalier.plain.bottleneck import (
     Form,
@@ -30,6 +32,7 @@ from espalier.plain.bottleneck import (
     check_form,
     check_scale,
     norms_in,
+    refuse_pieces,
 )
 from espalier.recipes import Method, check
 
@@ -76,7 +79,8 @@ class ParallelAdapter(Method):
         if self.adds_to == "heads":
             return [self._before_projection(site, places) for site in chosen]
         if self.reads == "residual":
-            return [self._on_the_stream(site, places) for site in chosen]
+            modules = base_modules(model)
+            return [self._on_the_stream(site, places, modules) for site in chosen]
         return [self.build(site) for site in chosen]
 
     def build(self, site: Site) -> Delta:
@@ -88,13 +92,14 @@ class ParallelAdapter(Method):
             )
         return Parallel(site, self._form, **self._numbers(site))
 
-    def _on_the_stream(self, site: Site, places: Sites) -> Delta:
+    def _on_the_stream(self, site: Site, places: Sites, modules: Mapping[str, nn.Module]) -> Delta:
         if site.role not in ("attention", "cross", "ffn"):
             raise SiteError(
                 f"ParallelAdapter(reads='residual'): {site.role!r} at {site.path} is no part of a "
                 "layer with a residual stream around it; it takes attention, cross and ffn"
             )
         block = block_of(site, places)
+        refuse_pieces(modules[block.path], block)
         norms = norms_in(block, places)
         first = [
             str(other.enter)

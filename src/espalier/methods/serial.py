@@ -32,6 +32,7 @@ from espalier.plain.bottleneck import (
     check_form,
     check_scale,
     norms_in,
+    refuse_pieces,
     trained_norms,
 )
 from espalier.recipes import Method, check
@@ -97,7 +98,7 @@ class SerialAdapter(Method):
         if self.style == "pfeiffer":
             modules = base_modules(model)
             for delta in found:
-                _refuse_pieces(modules[delta.site.path], delta.site)
+                refuse_pieces(modules[delta.site.path], delta.site)
                 delta.watches = norms_in(delta.site, places)
         return [*found, *(trained_norms(model, places, found) if self.norms else ())]
 
@@ -126,12 +127,3 @@ class SerialAdapter(Method):
         delta = kind(site, form, **form.numbers(site.n_out, width, site.n_out))
         delta.watches = ()  # what enters a span does not matter here
         return delta
-
-
-def _refuse_pieces(block: nn.Module, site: Site) -> None:
-    """Raise where a layer puts its output together from pieces: its last norm gave none of it."""
-    if getattr(block, "chunk_size_feed_forward", 0):
-        raise SiteError(
-            f"{site.path} computes its feed-forward part in pieces, so Pfeiffer's second norm "
-            "cannot be told; set chunk_size_feed_forward to 0 in the model's config"
-        )

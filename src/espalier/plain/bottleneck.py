@@ -264,6 +264,15 @@ def block_of(site: Site, places: Sites) -> Site:
     return max(around, key=lambda block: len(block.path))
 
 
+def refuse_pieces(block: nn.Module, site: Site) -> None:
+    """Raise SiteError where a block computes its feed-forward part in pieces, norms and all."""
+    if getattr(block, "chunk_size_feed_forward", 0):
+        raise SiteError(
+            f"{site.path} computes its feed-forward part in pieces, which hides what its norms "
+            "give; set chunk_size_feed_forward to 0 in the model's config"
+        )
+
+
 def norms_in(block: Site, places: Sites) -> tuple[str, ...]:
     """Paths of the norms in a block that are as wide as its states."""
     return tuple(

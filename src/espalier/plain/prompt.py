@@ -56,12 +56,13 @@ def prompt_site(model: nn.Module, places: Sites) -> Site:
     if words:
         return words[0]
     images = [s for s in blocks if s.stack == "vision"]
-    if images and len({s.n_out for s in images}) == 1:
+    attends = any(s.role.startswith("attention") and s.stack == "vision" for s in whole)
+    if attends and len({s.n_out for s in images}) == 1:
         return replace(images[0], layer=None)
     what = "its encoder reads no words" if "decoder" in sides else "it embeds no words"
     raise SiteError(
         f"a prompt cannot enter {places.notes.model}: {what}"
-        + (", and its blocks of images differ in width" if images else "")
+        + (", and its blocks of images do not attend, or differ in width" if images else "")
     )
 
 

@@ -23,8 +23,10 @@ class Replacement(Delta):
     replaces: ClassVar[bool] = True
 
     def changed(self, host: nn.Module) -> tuple[int, int | None]:
-        """Every scalar of the copies, by a change of any rank."""
-        return sum(math.prod(spec.shape) for spec in self.trained.values()), None
+        """Every scalar of the copies; of matrices by a change of any rank, of vectors by none."""
+        matrices = any(len(spec.shape) > 1 for spec in self.trained.values())
+        count = sum(math.prod(spec.shape) for spec in self.trained.values())
+        return count, None if matrices else 0
 
 
 def replacements(

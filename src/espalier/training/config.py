@@ -102,7 +102,10 @@ class RunConfig(BaseModel):
         None, gt=0, description="Highest learning rate; the method's if left out."
     )
     head_lr: float | None = Field(
-        None, gt=0, description="Highest learning rate of the task head; lr if left out."
+        None,
+        gt=0,
+        description="Highest learning rate of the task head; if left out lr, or 8 / its input "
+        "width (at most 0.02) where that is more.",
     )
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="Course of the learning rate after the warm-up."

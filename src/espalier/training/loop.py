@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from espalier.errors import TrainingError
+from espalier.graft import get
 from espalier.training import state
 from espalier.training.evaluate import evaluate, inputs, real_tokens, targets
 from espalier.training.guard import Places, check_finite
 from espalier.training.job import Job
 from espalier.training.memory import used
 from espalier.training.schedule import factor, total_steps, warmup_steps
-from espalier.verbs import constants, groups
+from espalier.verbs import constants, groups, only_active
 
 
 class Loop:
@@ -38,7 +39,8 @@ class Loop:
     def __init__(self, job: Job) -> None:
         self.job, self.config = job, job.config
         config = job.config
-        parts = groups(job.model, config.weight_decay, job.lr, config.head_lr)
+        self.head_lr = config.head_lr or head_rate(job)
+        parts = groups(job.model, config.weight_decay, job.lr, self.head_lr)
         self.rates = [group["lr"] for group in parts]
         self.parameters: list[nn.Parameter] = [p for group in parts for p in group["params"]]
         # One pass over memory per step, where torch has it: the flat buffers are plain tensors.
@@ -237,6 +239,21 @@ class Loop:
             what = (self.parameters, self.constants, self.best, self.optimizer)
             offset, accelerator = self.job.record.offset, self.job.accelerator
             state.write(self.job.folder, self.at, self.fixed, offset, *what, accelerator)
+
+
+def head_rate(job: Job) -> float:
+    """The learning rate of a new task head, where none was given.
+
+    Its numbers start at random and learn slowly at a rate that suits an adapter or a pretrained
+    weight. A step of Adam moves an output by up to the rate times the inputs' sizes added up, so
+    the rate falls with the width of what the head reads. Alone, the head is what `lr` is for.
+    """
+    adapter = get(job.model, only_active(job.model))
+    if all("head" in kind for kind in adapter.flat):
+        return job.lr
+    slots = (slot for kind, found in adapter.slots.items() for slot in found if "head" in kind)
+    width = max((slot.shape[-1] for slot in slots if len(slot.shape) == 2), default=0)
+    return max(job.lr, min(2e-2, 8 / width)) if width else job.lr
 
 
 def _better(value: float, best: float | None, way: str) -> bool:

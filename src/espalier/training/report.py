@@ -34,7 +34,8 @@ def plan(loop: Loop, data: TaskData, parts: Recipe, account: Mapping[str, Any]) 
         if config.steps
         else f"{loop.total} steps ({config.epochs:g} epochs)"
     )
-    rate = f"lr {loop.job.lr:g} · {loop.job.precision} · {device}{threads}"
+    head = "" if loop.head_lr == loop.job.lr else f" (head {loop.head_lr:.3g})"
+    rate = f"lr {loop.job.lr:g}{head} · {loop.job.precision} · {device}{threads}"
     return [
         f"{task.name} · {rows} rows{labels}",
         *data.notes,

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from espalier import container
 from espalier.adapter import Adapter
-from espalier.container import Container
-from espalier.deltas import Delta
 from espalier.errors import CheckpointError
 from espalier.graft import Graft
+from espalier.interop.foreign import Foreign, refuse_unknown
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -35,22 +32,6 @@ COMMON = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "modules_to_save", "peft_type",
     "peft_version", "revision", "task_type",
 }  # fmt: skip
-
-
-@dataclass(slots=True)
-class Foreign:
-    """A peft folder that was opened; `spare` are tensors that need no place."""
-
-    folder: Path
-    config: dict[str, Any]
-    file: Container
-    used: set[str] = field(default_factory=set)
-    spare: set[str] = field(default_factory=set)
-
-    def take(self, key: str) -> Tensor:
-        """A tensor of the file, counted as used."""
-        self.used.add(key)
-        return self.file.tensor(key)
 
 
 class Kind(NamedTuple):
@@ -104,39 +85,8 @@ def open_folder(folder: Path, kinds: Mapping[str, Kind]) -> Foreign:
             f"{folder} holds a peft adapter of type {config.get('peft_type')!r}; "
             f"{', '.join(kinds)} can be read"
         )
-    known = COMMON | kind.known
-    unknown = sorted(key for key, value in config.items() if key not in known and value)
-    if unknown:
-        raise CheckpointError(
-            f"{folder / CONFIG} uses {', '.join(unknown)}, which Espalier cannot reproduce yet"
-        )
+    refuse_unknown(config, COMMON | kind.known, folder / CONFIG)
     path = folder / WEIGHTS
     if not path.is_file() and (folder / "adapter_model.bin").is_file():
         path = folder / "adapter_model.bin"  # refused by name
     return Foreign(folder, config, container.open_file(path))
-
-
-def fill(adapter: Adapter, foreign: Foreign, give: Callable[[Delta, str], Tensor | None]) -> None:
-    """Copy the file's tensors into the adapter; every one must have its place.
-
-    Args:
-        adapter: Built from the folder's settings, its numbers still zero.
-        foreign: The folder.
-        give: (delta, name of its number) → the value from the file, or None where it lacks it.
-    """
-    path = foreign.file.path
-    with torch.no_grad():
-        for delta in adapter.deltas:
-            for key, view in delta.t.items():
-                value = give(delta, key)
-                if value is None:
-                    raise CheckpointError(f"{path} lacks {delta.site.path}.{key}")
-                if value.shape != view.shape:
-                    raise CheckpointError(
-                        f"{path}: {delta.site.path}.{key} has shape {tuple(value.shape)}, this "
-                        f"model needs {tuple(view.shape)}"
-                    )
-                view.data.copy_(value)
-    unplaced = sorted(set(foreign.file.entries) - foreign.used - foreign.spare)
-    if unplaced:
-        raise CheckpointError(f"{path}: no place for {', '.join(unplaced[:3])}")

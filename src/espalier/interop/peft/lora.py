@@ -9,24 +9,33 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from espalier import hosts
 from espalier.adapter import Adapter
 from espalier.deltas import Delta
 from espalier.errors import CheckpointError
 from espalier.graft import Graft
-from espalier.interop.lows import Low, is_low, joined, low
-from espalier.interop.peft.files import PREFIX, Foreign, Kind, fill
-from espalier.interop.peft.targets import pattern, selector
-from espalier.interop.peft.whole import Whole, refuse_strangers, saved_key, whole_tensors
+from espalier.interop.foreign import Foreign, fill, refuse_strangers
+from espalier.interop.lows import (
+    Low,
+    by_host,
+    is_dora,
+    is_low,
+    joined,
+    loras,
+    magnitudes,
+    stretched,
+)
+from espalier.interop.peft.files import PREFIX, Kind
+from espalier.interop.peft.whole import Whole, saved_key, whole_tensors
+from espalier.interop.targets import pattern
 from espalier.methods.lora import LoRA
 from espalier.modules import base_modules
 from espalier.places import Sites, sites
-from espalier.plain.directed import Directed
 from espalier.recipes import Recipe
 from espalier.verbs import prepare
 
@@ -42,63 +51,30 @@ _WORDS = {
     ".lora_A.weight": "a", ".lora_B.weight": "b", ".lora_embedding_A": "a",
     ".lora_embedding_B": "b", ".lora_magnitude_vector": "m", ".lora_magnitude_vector.weight": "m",
 }  # fmt: skip
-_DORA = ".lora_magnitude_vector"
-
-
-def _fits(adapter: Adapter) -> bool:
-    changes = [delta for delta in adapter.deltas if not delta.replaces]
-    return bool(changes) and all(map(is_low, changes))
 
 
 # ---------------------------------------------------------------------------------------- writing
 
 
 def _write(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    deltas: dict[str, list[Delta]] = {}
-    for delta in adapter.deltas:
-        if not delta.replaces:
-            deltas.setdefault(delta.site.path, []).append(delta)
-    lows = {path: joined([low(delta) for delta in here]) for path, here in deltas.items()}
+    deltas = by_host(adapter)
+    lows = {path: joined(here) for path, here in deltas.items()}
     tensors: dict[str, Tensor] = {}
     for path, one in lows.items():
         word = "lora_embedding_%s" if one.table else "lora_%s.weight"
         tensors[f"{PREFIX}{path}.{word % 'A'}"] = one.a
         tensors[f"{PREFIX}{path}.{word % 'B'}"] = one.b
     modules = base_modules(model)
-    dora = any(isinstance(delta, Directed) for delta in adapter.deltas)
-    if dora:
-        for path, here in deltas.items():
-            tensors[PREFIX + path + _DORA] = _lengths(modules[path], here, lows[path])
+    dora = is_dora(adapter)
+    for path, here in deltas.items() if dora else ():
+        tensors[f"{PREFIX}{path}.lora_magnitude_vector"] = magnitudes(
+            modules[path], here, lows[path]
+        )
     whole = whole_tensors(adapter)
     tensors.update({saved_key(name, lows): value for name, value in whole.items()})
     transposed = any(type(modules[path]).__name__ == "Conv1D" for path in lows)
     config = _config(adapter, lows, _biases(adapter, whole, lows))
     return {**config, "use_dora": dora, "fan_in_fan_out": transposed}, tensors
-
-
-def _lengths(host: nn.Module, deltas: list[Delta], change: Low) -> Tensor:
-    """What peft trains as m, for a whole host: (D_out,)."""
-    site = deltas[0].site
-    if site.kind not in ("linear", "conv1d"):
-        raise CheckpointError(
-            f"peft stretches every layer of an adapter or none: {site.path} is a {site.kind}, "
-            "which LoRA(dora=True) does not take; save the parts as two adapters"
-        )
-    if len({delta.site.role for delta in deltas}) < len(deltas):
-        raise CheckpointError(
-            f"{site.path} has several changes on the same rows, one of them DoRA's, for which "
-            "peft has no form; save it in Espalier's own"
-        )
-    w = hosts.dense(host, site)
-    own = torch.linalg.vector_norm(w, dim=1)
-    found = torch.linalg.vector_norm(w.addmm(change.b, change.a, alpha=change.scale), dim=1)
-    for delta in deltas:
-        if isinstance(delta, Directed):
-            rows, stretched = delta.site.rows, delta.t["m"].detach()
-            if rows is None:
-                return own + stretched
-            found = rows.place(found, rows.take(own) + stretched)
-    return found
 
 
 def _biases(adapter: Adapter, whole: Mapping[str, Any], lows: Mapping[str, Any]) -> str:
@@ -141,12 +117,7 @@ def _config(adapter: Adapter, lows: Mapping[str, Low], bias: str) -> dict[str, A
 
 
 def _read(model: nn.Module, foreign: Foreign, name: str) -> tuple[Graft, Adapter]:
-    start = foreign.config.get("init_lora_weights", True)
-    if start not in PLAIN_STARTS:
-        raise CheckpointError(
-            f"{foreign.folder}: init_lora_weights={start!r} rewrites the base's weights; convert "
-            "the adapter to a plain LoRA with peft first (path_initial_model_for_weight_conversion)"
-        )
+    refuse_rewritten(foreign.config, foreign.folder)
     pairs, whole = _sorted(foreign)
     modules = base_modules(model)
     refuse_strangers(foreign, model, modules, set(pairs))
@@ -163,12 +134,20 @@ def _read(model: nn.Module, foreign: Foreign, name: str) -> tuple[Graft, Adapter
         if delta.replaces:
             return whole.value(f"{path}.{key}")
         value = foreign.take(pairs[path][key])
-        if key != "m":
-            return value
-        return value - torch.linalg.vector_norm(hosts.dense(modules[path], delta.site), dim=1).cpu()
+        return stretched(value, modules[path], delta.site) if key == "m" else value
 
     fill(adapter, foreign, give)
     return graft, adapter
+
+
+def refuse_rewritten(config: Mapping[str, Any], where: Path) -> None:
+    """Raise CheckpointError where a start has rewritten the base that the numbers belong to."""
+    start = config.get("init_lora_weights", True)
+    if start not in PLAIN_STARTS:
+        raise CheckpointError(
+            f"{where}: init_lora_weights={start!r} rewrites the base's weights; convert the "
+            "adapter to a plain LoRA with peft first (path_initial_model_for_weight_conversion)"
+        )
 
 
 def _sorted(foreign: Foreign) -> tuple[dict[str, dict[str, str]], Whole]:
@@ -195,28 +174,22 @@ def _sorted(foreign: Foreign) -> tuple[dict[str, dict[str, str]], Whole]:
 
 
 def _recipe(places: Sites, foreign: Foreign, pairs: Mapping[str, Mapping[str, str]]) -> Recipe:
-    """One LoRA for each (rank, alpha) that occurs, with a selector that names its layers."""
-    config, bias = foreign.config, foreign.config.get("bias") or "none"
-    kinds: dict[tuple[int, float], list[str]] = {}
-    for path, keys in pairs.items():
-        rank = foreign.file.entries[keys["a"]].shape[0]
-        alpha = pattern(config, "alpha_pattern", path, "lora_alpha")
-        kinds.setdefault((rank, alpha), []).append(path)
-    return Recipe(
-        tuple(
-            LoRA(
-                rank=rank,
-                alpha=alpha,
-                dropout=config.get("lora_dropout") or 0.0,
-                rslora=bool(config.get("use_rslora")),
-                dora=bool(config.get("use_dora")),
-                # All biases belong to the first; those of adapted layers to each its own.
-                bias=bias if index == 0 or bias == "lora_only" else "none",
-                sites=selector(places, paths),
-            )
-            for index, ((rank, alpha), paths) in enumerate(kinds.items())
+    config = foreign.config
+    layers = {
+        path: (
+            foreign.file.entries[keys["a"]].shape[0],
+            pattern(config, "alpha_pattern", path, "lora_alpha"),
         )
+        for path, keys in pairs.items()
+    }
+    return loras(
+        places,
+        layers,
+        bias=config.get("bias") or "none",
+        dropout=config.get("lora_dropout") or 0.0,
+        rslora=bool(config.get("use_rslora")),
+        dora=bool(config.get("use_dora")),
     )
 
 
-KIND = Kind(KNOWN, _fits, _write, _read)
+KIND = Kind(KNOWN, is_low, _write, _read)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from espalier.adapter import Adapter
 from espalier.errors import CheckpointError
-from espalier.interop.peft.files import PREFIX, Foreign
+from espalier.interop.foreign import Foreign, refuse_strangers
+from espalier.interop.peft.files import PREFIX
 
 
 def whole_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -87,15 +88,3 @@ class Whole:
     def value(self, name: str) -> Tensor | None:
         """A whole parameter's value, or None where the file lacks it."""
         return self.foreign.take(self.keys[name]) if name in self.keys else None
-
-
-def refuse_strangers(
-    foreign: Foreign, model: nn.Module, modules: Mapping[str, nn.Module], paths: set[str]
-) -> None:
-    """Raise CheckpointError where the model lacks a module that the folder changes."""
-    lacking = sorted(path for path in paths if path not in modules)
-    if lacking:
-        raise CheckpointError(
-            f"{foreign.file.path} was made for another model: this {type(model).__name__} has no "
-            + ", ".join(lacking[:3])
-        )

@@ -1,4 +1,4 @@
-"""Peft names layers by their paths; recipes by selectors. One from the other."""
+"""Other libraries name layers by their paths, recipes by selectors: one from the other."""
 
 from __future__ import annotations
 

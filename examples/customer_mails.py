@@ -1,0 +1,134 @@
+"""Customer mails written from templates with noise: what they are, what they name, how urgent.
+
+    python examples/customer_mails.py
+
+A mail is a complaint, an enquiry or thanks; tags on its words mark order numbers and problems; a
+number from 0 to 1 says how soon somebody should answer. Sentences, problems, articles, names and
+even the formats of order numbers are dealt out to the splits: what a test mail is made of occurs
+in no training mail, so that a score says something about mails not yet seen.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import customer_phrases as phrases
+
+KINDS = {"complaint": 0.5, "enquiry": 0.3, "thanks": 0.15}  # and how urgent they are as such
+CALM = ((), (0.0,), (-0.2,), (0.0, -0.2))  # what other sentences may add to it
+PRESSING = ((0.3,), (0.2,), (0.2, 0.3), (0.0, 0.3), (0.2, 0.0))
+GAPS = {"item": phrases.ITEMS, "price": phrases.PRICES, "order": phrases.ORDERS}
+MARKS = {"9": "0123456789", "A": "ABCDEFGHKLMNPRSTX"}  # what may stand for them in a number
+
+
+def mails(split: str, count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows with text, tokens, tags, kind and urgency; always the same for the same seed.
+
+    Args:
+        split: "train", "validation" or "test".
+        count: How many.
+        seed: Of every choice.
+    """
+    writer = Writer(split, seed)
+    return [writer.mail() for _ in range(count)]
+
+
+class Writer:
+    """Puts mails of one split together.
+
+    Attributes:
+        split: Whose phrases it uses.
+        draw: Every choice comes from here.
+    """
+
+    def __init__(self, split: str, seed: int) -> None:
+        self.split = split
+        self.draw = random.Random(f"{split} {seed}")
+
+    def mail(self) -> dict[str, Any]:
+        """One mail: greeting, what it is about, up to two sentences more, signature; slips."""
+        draw = self.draw
+        kind = draw.choices(list(KINDS), (4, 3, 3))[0]
+        cues = draw.choice(CALM if kind == "thanks" else CALM + PRESSING)
+        words = self.sentence(self.one(phrases.SENTENCES[kind]))
+        for cue in cues:
+            words += self.sentence(self.one(phrases.CUES[cue]))
+        if draw.random() < 0.8:
+            words = self.sentence(self.one(phrases.GREETINGS)) + words
+        if draw.random() < 0.8:
+            words += self.sentence(f"{self.one(phrases.CLOSINGS)} {self.one(phrases.NAMES)}")
+        if draw.random() < 0.3:
+            words += self.sentence(self.number("Tel. 0999 999999"))
+        tokens, tags = self.slips(words), [tag for _, tag in words]
+        urgency = KINDS[kind] + sum(cues) + draw.gauss(0, 0.04)
+        return {
+            "text": " ".join(tokens),
+            "tokens": tokens,
+            "tags": tags,
+            "kind": kind,
+            "urgency": round(min(1.0, max(0.0, urgency)), 2),
+        }
+
+    def own(self, some: Sequence[str]) -> list[str]:
+        """The phrases of a list that belong to this split."""
+        return [phrase for i, phrase in enumerate(some) if i % 5 in phrases.SHARES[self.split]]
+
+    def one(self, some: Sequence[str]) -> str:
+        """One of this split's phrases of a list."""
+        return self.draw.choice(self.own(some))
+
+    def number(self, form: str) -> str:
+        """A number of this form."""
+        return "".join(self.draw.choice(MARKS[c]) if c in MARKS else c for c in form)
+
+    def sentence(self, template: str) -> list[tuple[str, str]]:
+        """A sentence with its gaps filled, as words with tags (B-order, I-order, …, O)."""
+        text, spans = "", []
+        problems = self.draw.sample(self.own(phrases.PROBLEMS), 2)
+        for i, part in enumerate(re.split(r"\{(\w+)\}", template)):
+            piece = part
+            if i % 2:  # a gap
+                piece = self.one(GAPS[part]) if part in GAPS else problems.pop()
+                piece = piece.replace("{item}", self.one(phrases.ITEMS))
+                piece = self.number(piece) if part == "order" else piece
+                if part in ("order", "problem"):
+                    spans.append((len(text), len(text) + len(piece), part))
+            text += piece
+        text = re.sub(r"(^|[.!?] )[a-z]", lambda found: found[0].upper(), text)
+        return [(found[0], _tag(found, spans)) for found in re.finditer(r"\S+", text)]
+
+    def slips(self, words: list[tuple[str, str]]) -> list[str]:
+        """The words as typed: slips of the fingers, in order numbers none; some without stops."""
+        draw = self.draw
+        typed = [word if "order" in tag else self.slip(word) for word, tag in words]
+        if draw.random() < 0.2:
+            typed = [word.lower() for word in typed]
+        if draw.random() < 0.2:
+            typed = [word.rstrip(".,:!") or word for word in typed]
+        return typed
+
+    def slip(self, word: str) -> str:
+        """The word, seldom with two letters swapped, one lost or one twice."""
+        if len(word) < 4 or not word.isalpha() or self.draw.random() > 0.06:
+            return word
+        at = self.draw.randrange(1, len(word) - 1)
+        pair = word[at : at + 2]
+        typed = self.draw.choice((pair[::-1], pair[1], pair[0] + pair))
+        return word[:at] + typed + word[at + 2 :]
+
+
+def _tag(word: re.Match[str], spans: list[tuple[int, int, str]]) -> str:
+    """The tag of a word, from the stretches of the sentence that are to be found."""
+    for start, stop, what in spans:
+        if word.start() < stop and word.end() > start:
+            return f"{'B' if word.start() <= start else 'I'}-{what}"
+    return "O"
+
+
+if __name__ == "__main__":
+    for row in mails("train", 5):
+        print(f"{row['kind']}, urgency {row['urgency']}: {row['text']}")
+        print(*(f"  {w}/{t}" for w, t in zip(row["tokens"], row["tags"], strict=True) if t != "O"))
