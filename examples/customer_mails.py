@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -118,6 +119,36 @@ class Writer:
         pair = word[at : at + 2]
         typed = self.draw.choice((pair[::-1], pair[1], pair[0] + pair))
         return word[:at] + typed + word[at + 2 :]
+
+
+def baselines(name: str, train: list[dict[str, Any]], test: list[dict[str, Any]]) -> list[float]:
+    """What no network is needed for: always the commonest answer, and words counted (tf-idf).
+
+    Accuracy of the kind, F1 of the passages that the tags mark (each word with its usual tag), and
+    Spearman's correlation of the urgency, where the one answer that is always given has none.
+    """
+    from scipy.stats import spearmanr
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.pipeline import make_pipeline
+
+    from espalier.tasks.spans import entity_scores
+
+    if name == "tags":
+        seen: dict[str, Counter[str]] = defaultdict(lambda: Counter(["O"]))
+        for row in train:
+            for word, tag in zip(row["tokens"], row["tags"], strict=True):
+                seen[word][tag] += 1
+        usual = [[seen[word].most_common(1)[0][0] for word in row["tokens"]] for row in test]
+        return [0.0, entity_scores(usual, [row["tags"] for row in test])["f1"]]
+    number = name == "urgency"
+    words = make_pipeline(TfidfVectorizer(), Ridge() if number else LogisticRegression())
+    words.fit([row["text"] for row in train], [row[name] for row in train])
+    found, right = words.predict([row["text"] for row in test]), [row[name] for row in test]
+    if number:
+        return [0.0, float(spearmanr(found, right).statistic)]
+    common = Counter(row[name] for row in train).most_common(1)[0][0]
+    return [right.count(common) / len(right), float((found == right).mean())]
 
 
 def _tag(word: re.Match[str], spans: list[tuple[int, int, str]]) -> str:

@@ -217,7 +217,7 @@ PARALLEL_LAYERS: dict[str, Callable[[], tuple[nn.Module, str]]] = {
     "phi": lambda: (
         tf.PhiModel(
             tf.PhiConfig(
-                vocab_size=32, hidden_size=24, num_hidden_layers=1, num_attention_heads=4,
+                vocab_size=32, hidden_size=24, num_hidden_layers=1, num_attention_heads=3,
                 intermediate_size=40, pad_token_id=0,
             )
         ),
@@ -281,6 +281,22 @@ def test_a_weight_scales_the_branch_also_within_the_second_norm() -> None:
         if label.endswith(("/up", "/up_bias")):
             value.mul_(0.25)
     torch.testing.assert_close(logits(model, batch), weighted, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", [HOULSBY, PFEIFFER, STREAM, RECIPES["heads"], COMPACTER])
+def test_a_gate_half_open_is_a_weight_of_one_half(recipe: str) -> None:
+    batch = T5.batch()
+    model = adapted(T5.make, recipe)
+    esp.activate(model, {"a": 0.5})
+    gated = adapted(T5.make, f"Gated({recipe})")
+    kept = dict(get(model, "a").named())
+    for label, value in get(gated, "a").named():
+        if label in kept:
+            value.copy_(kept[label])
+        else:
+            value.zero_()
+    torch.testing.assert_close(logits(gated, batch), logits(model, batch), atol=1e-4, rtol=1e-4)
 
 
 # --- Compacter --------------------------------------------------------------------------------
@@ -525,7 +541,8 @@ def test_checkpointing_gives_the_same_gradients_and_holds_nothing(
         return [p.grad for p in esp.parameters(model)]
 
     model = adapted(case.make, recipe)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    settings = {"use_reentrant": reentrant}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     torch.testing.assert_close(gradients(model), gradients(adapted(case.make, recipe)))
     assert not any(delta.seen for delta in get(model, "a").deltas)
 
@@ -557,7 +574,8 @@ def test_one_graph(case: Case, recipe: str, counter: CompileCounterWithBackend) 
             for p in esp.parameters(model):
                 p.grad = None
         torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
-    assert counter.frame_count == 1
+    # The draw before each pass is a small graph of its own; nothing breaks the model's.
+    assert counter.frame_count == (2 if recipe == ROBUST else 1)
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES.values(), ROBUST])
@@ -586,9 +604,8 @@ def test_autocast_does_not_hide_the_norms() -> None:
     expected = logits(model, batch)
     with torch.autocast("cpu", torch.bfloat16):
         found = logits(model, batch).float()
-    torch.testing.assert_close(found, expected, atol=0.1, rtol=0.1)
-    plain = adapted(LLAMA.make, STREAM.replace("residual", "input"))
-    assert (logits(plain, batch) - expected).abs().max() > 0.5
+    other = logits(adapted(LLAMA.make, STREAM.replace("residual", "input")), batch)
+    assert (found - expected).abs().max() < 0.2 * (other - expected).abs().max()
 
 
 # --- refusals ---------------------------------------------------------------------------------
@@ -637,7 +654,7 @@ def test_places_where_they_cannot_stand_are_named(recipe: str) -> None:
     model = BERT.make()
     with pytest.raises(SiteError, match=MISPLACED[recipe]):
         esp.attach(model, recipe)
-    same(snapshot(model), snapshot(model))
+    assert list(model.state_dict()) == list(BERT.make().state_dict())
 
 
 def test_a_feed_forward_part_in_pieces_hides_the_second_norm() -> None:

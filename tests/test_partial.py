@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import espalier as esp
+import tiny_runs as tiny
 from espalier.errors import AdapterError, SettingError, SiteError
+from espalier.training import RunConfig, choosing
+from espalier.training.loop import Loop
 from zoo import BY_NAME, CASES, Case, logits, train
 
 BERT, GPT2, LLAMA, T5, VIT = (BY_NAME[name] for name in ("bert", "gpt2", "llama", "t5", "vit"))
@@ -302,6 +306,39 @@ def test_training_before_choosing_is_an_error_that_names_the_verb(tmp_path: Path
     esp.load(fresh, tmp_path, trainable=True)
     assert torch.equal(logits(fresh, batch), expected)
     train(fresh, batch, steps=1)
+
+
+def test_the_trainer_chooses_and_a_resumed_run_keeps_what_was_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny.save_model(tmp_path / "base", tiny.bert(num_labels=2), tiny.tokenizer())
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in tiny.reviews(32)))
+    config = RunConfig(
+        model=base, train=str(data), method="PartialTuning(mask='fisher', share=0.05)", batch=8,
+        epochs=3, lr=0.01, save_every=2, threads=1, quiet=True, head=["classifier"],
+        validation_share=0, out=tmp_path / "whole",
+    )  # fmt: skip
+    result = esp.train(config)
+    losses = [line["loss"] for line in result.history if line["kind"] == "train"]
+    assert losses[-1] < losses[0]
+    stopped = config.replace(out=tmp_path / "stopped")
+    inner, calls = Loop._step, []
+
+    def counted(loop: Loop, step: list[list[int]]) -> None:
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        inner(loop, step)
+
+    monkeypatch.setattr(Loop, "_step", counted)
+    with pytest.raises(KeyboardInterrupt):
+        esp.train(stopped)
+    monkeypatch.setattr(choosing, "EXAMPLES", 1)  # would choose otherwise
+    esp.train(stopped.replace(resume=True))
+    weights = "adapter/adapter.safetensors"
+    whole, again = ((tmp_path / name / weights).read_bytes() for name in ("whole", "stopped"))
+    assert whole == again
 
 
 def test_calibration_says_what_it_lacks() -> None:

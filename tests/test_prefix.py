@@ -44,7 +44,8 @@ def numbers(model: nn.Module, name: str = "p") -> dict[str, Tensor]:
     return dict(model.get_submodule(f"espalier.@{name}").named())
 
 
-def prefixed(case: Case, recipe: str = "PTuningV2(length=3)") -> nn.Module:
+def prefixed(case: Case, recipe: str = "PTuningV2(length=3)") -> Any:
+    """A model of the case with an adapter "p"."""
     model = case.make()
     esp.attach(model, recipe, "p")
     return model
@@ -122,7 +123,8 @@ def test_t5_gives_the_prefix_no_position_bias_and_heads_of_their_own_width() -> 
         lambda m, args: inner.append(args[0])
     )
     logits(model, batch)
-    handle.remove(), o.remove()
+    handle.remove()
+    o.remove()
     args, kwargs, (_, bias, *_) = seen[0]
     x = args[0] if args else kwargs["hidden_states"]
     assert bias.shape == (1, 4, 9, 9)  # what the next layers get has no columns for the prefix
@@ -141,7 +143,7 @@ def test_the_cache_of_real_words_as_prefix_gives_what_the_words_give(
     case: Case, attention: str
 ) -> None:
     model, ids = case.make(), case.batch()["input_ids"][:1]
-    model.set_attn_implementation(attention)  # type: ignore[operator]
+    model.set_attn_implementation(attention)
     whole = logits(model, {"input_ids": ids})[:, FIRST:]
     esp.attach(model, f"PrefixTuning(length={FIRST}, reparametrize=False)", "p")
     assert esp.prefix_from_text(model, "p", ids[:, :FIRST]) == 0.0
@@ -150,7 +152,7 @@ def test_the_cache_of_real_words_as_prefix_gives_what_the_words_give(
     cache = model(ids[:, :FIRST], use_cache=True)  # with the prefix before it: not what was set
     esp.activate(model, None)
     cache = model(ids[:, :FIRST], use_cache=True).past_key_values.layers[1]
-    at = [s.path for s in esp.sites(model).select("attention@1")][0]
+    at = esp.sites(model).select("attention@1")[0].path
     kept = numbers(model)[f"0/{at}/keys"]
     assert torch.allclose(kept, cache.keys[0].transpose(0, 1).flatten(1), atol=1e-6)
 
@@ -161,7 +163,7 @@ def test_a_cross_prefix_of_a_text_equals_a_longer_encoder_text(case: Case) -> No
     first, second = batch["input_ids"][:1, :FIRST], batch["input_ids"][1:2]
     words = {"decoder_input_ids": batch["labels"][:1]}
     with torch.no_grad():
-        states = [model.get_encoder()(ids).last_hidden_state for ids in (first, second)]  # type: ignore[operator]
+        states = [model.get_encoder()(ids).last_hidden_state for ids in (first, second)]
         both = tf.modeling_outputs.BaseModelOutput(last_hidden_state=torch.cat(states, 1))
         expected = model(encoder_outputs=both, **words).logits
     esp.attach(model, f"PrefixTuning(length={FIRST}, reparametrize=False, sites='cross')", "p")
@@ -173,7 +175,7 @@ def test_a_cross_prefix_of_a_text_equals_a_longer_encoder_text(case: Case) -> No
 def test_peft_agrees_on_bert_where_positions_are_shifted_as_it_shifts_them() -> None:
     length, batch = 5, BERT.batch()
     config = peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=length)
-    other = peft.get_peft_model(BERT.make(), config).eval()  # type: ignore[arg-type]
+    other = peft.get_peft_model(BERT.make(), config).eval()
     model = prefixed(BERT, f"PTuningV2(length={length})")
     table = dict(other.named_parameters())["prompt_encoder.default.embedding.weight"]
     with torch.no_grad():
@@ -292,7 +294,7 @@ def test_eager_equals_sdpa(case: Case, make: Callable[[Case], dict[str, Tensor]]
         esp.activate(model, choice)
         outputs = []
         for attention in ("eager", "sdpa"):  # chosen after the prefix was attached
-            model.set_attn_implementation(attention)  # type: ignore[operator]
+            model.set_attn_implementation(attention)
             outputs.append(logits(model, batch))
         assert torch.allclose(*outputs, atol=1e-5)
 
@@ -317,10 +319,10 @@ def test_cached_generation_equals_uncached(case: Case, beams: int) -> None:
         value.mul_(20)  # strong enough to change words
     how = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": beams}
     mask = torch.ones_like(ids)
-    cached = model.generate(ids, attention_mask=mask, **how)  # type: ignore[operator]
-    plain = model.generate(ids, attention_mask=mask, use_cache=False, **how)  # type: ignore[operator]
+    cached = model.generate(ids, attention_mask=mask, **how)
+    plain = model.generate(ids, attention_mask=mask, use_cache=False, **how)
     assert torch.equal(cached, plain)
-    assert not torch.equal(cached, case.make().generate(ids, attention_mask=mask, **how))  # type: ignore[operator]
+    assert not torch.equal(cached, case.make().generate(ids, attention_mask=mask, **how))
 
 
 @by_name([LLAMA, GPT2])
@@ -340,15 +342,15 @@ def test_a_static_cache_gives_the_same_words() -> None:
     model, ids = prefixed(LLAMA), LLAMA.batch()["input_ids"][:1]
     how = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "disable_compile": True}
     how["attention_mask"] = torch.ones_like(ids)
-    static = model.generate(ids, cache_implementation="static", **how)  # type: ignore[operator]
-    assert torch.equal(static, model.generate(ids, **how))  # type: ignore[operator]
+    static = model.generate(ids, cache_implementation="static", **how)
+    assert torch.equal(static, model.generate(ids, **how))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @by_name([GPT2, LLAMA])
 def test_a_left_padded_row_equals_the_row_alone(case: Case, attention: str) -> None:
     model, ids = prefixed(case), case.batch()["input_ids"][:1]
-    model.set_attn_implementation(attention)  # type: ignore[operator]
+    model.set_attn_implementation(attention)
     wide = torch.cat((torch.zeros(1, 4, dtype=ids.dtype), ids), 1)
     mask = (torch.arange(13) >= 4).long()[None]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -356,8 +358,8 @@ def test_a_left_padded_row_equals_the_row_alone(case: Case, attention: str) -> N
     expected = logits(model, {"input_ids": ids})
     assert torch.allclose(logits(model, batch)[:, 4:], expected, atol=1e-5)
     how = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-    alone = model.generate(ids, attention_mask=torch.ones_like(ids), **how)  # type: ignore[operator]
-    assert torch.equal(model.generate(wide, attention_mask=mask, **how)[:, 4:], alone)  # type: ignore[operator]
+    alone = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+    assert torch.equal(model.generate(wide, attention_mask=mask, **how)[:, 4:], alone)
 
 
 # --- training ----------------------------------------------------------------------------------
@@ -382,14 +384,14 @@ def test_checkpointing_gives_the_same_gradients(case: Case, reentrant: bool) -> 
                 setattr(module, name, 0.0)
     expected = gradients(model, model, batch)
     settings = {"use_reentrant": reentrant}
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)  # type: ignore[operator]
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     torch.testing.assert_close(gradients(model, model, batch), expected)
 
 
 @pytest.fixture
 def counter() -> Iterator[CompileCounterWithBackend]:
     torch._dynamo.reset()
-    yield CompileCounterWithBackend("aot_eager")
+    yield CompileCounterWithBackend("eager")
     torch._dynamo.reset()
 
 
@@ -454,7 +456,7 @@ def test_two_prefixes_are_one_longer_prefix(case: Case) -> None:
         esp.attach(model, f"PTuningV2(length={length})", name, head=False)
     a, b = numbers(model, "a"), numbers(model, "b")
     for label, value in numbers(model, "c").items():
-        value.copy_(torch.cat([a[label], b[label]]))
+        value.copy_(torch.cat([a[label].mul_(5), b[label]]))
     longer = logits(model, batch)
     esp.activate(model, ["a", "b"])
     assert torch.allclose(logits(model, batch), longer, atol=1e-5)
@@ -466,11 +468,12 @@ def test_a_weight_of_two_is_the_prefix_twice(case: Case) -> None:
     for name in ("a", "twin"):
         esp.attach(model, "PTuningV2(length=2)", name, head=False)
     for label, value in numbers(model, "twin").items():
-        value.copy_(numbers(model, "a")[label])
+        value.copy_(numbers(model, "a")[label].mul_(5))  # strong enough to be seen
     esp.activate(model, "a")
     once = logits(model, batch)
     esp.activate(model, ["a", "twin"])
     twice = logits(model, batch)
+    assert not torch.allclose(once, twice, atol=1e-4)
     esp.activate(model, {"a": 2.0})
     assert torch.allclose(logits(model, batch), twice, atol=1e-5)
     esp.activate(model, {"a": 0.5, "twin": 0.5})
@@ -484,15 +487,14 @@ def test_a_weight_of_two_is_the_prefix_twice(case: Case) -> None:
 @by_name(CASES)
 def test_nothing_stays_behind(case: Case) -> None:
     model, batch = case.make(), case.batch()
-    expected, config = logits(model, batch), model.config
+    expected = logits(model, batch)
     states = [dict(module.__dict__) for module in model.modules()]
     esp.attach(model, "PrefixTuning(length=2, hidden=8)", "p", head=False)
     train(model, batch)
     esp.activate(model, None)
     assert torch.equal(logits(model, batch), expected)
-    attending = [m for m in model.modules() if "Attention" in type(m).__name__]
-    assert all(m.config is config or m.config.__class__ is config.__class__ for m in attending
-               if hasattr(m, "config"))  # fmt: skip
+    for module, state in zip(model.modules(), states, strict=False):  # ours come last
+        assert module.__dict__.get("config") is state.get("config")
     esp.activate(model, "p")
     esp.detach(model, "p")
     for module, state in zip(model.modules(), states, strict=True):
@@ -510,7 +512,7 @@ def test_saved_and_copied_prefixes_act_the_same(case: Case, recipe: str, tmp_pat
     assert torch.equal(logits(twin, batch), expected)
     train(twin, batch)
     assert torch.equal(logits(model, batch), expected)
-    twin.set_attn_implementation("eager")  # type: ignore[attr-defined]
+    twin.set_attn_implementation("eager")
     assert model.config._attn_implementation == "sdpa"
     esp.save(model, "p", tmp_path / "p")
     fresh = case.make()
@@ -593,7 +595,7 @@ def test_models_that_attend_on_their_own_are_refused_untouched() -> None:
     )  # fmt: skip
     with pytest.raises(SiteError, match="how wide the keys and values are"):
         esp.attach(tf.DeepseekV3ForCausalLM(latent), "PTuningV2()")
-    with pytest.raises(SiteError, match="no prefix can stand at 'attention.k'"):
+    with pytest.raises(SiteError, match=r"no prefix can stand at 'attention\.k'"):
         esp.attach(LLAMA.make(), "PTuningV2(sites='attention.k')")
 
 
@@ -629,7 +631,7 @@ def by_hand_functions() -> Iterator[None]:
     }
     for name, functions in own.items():
         for table, function in zip(tables, functions, strict=True):
-            table.register(name, function)  # type: ignore[arg-type]
+            table.register(name, function)
     yield
     for table in tables:
         for name in own:
@@ -637,12 +639,11 @@ def by_hand_functions() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("by_hand_functions")
-@by_name([LLAMA, BERT])
-def test_flex_attention_is_told_of_the_prefix(case: Case) -> None:
-    model, batch = prefixed(case), padded(case)
-    expected = logits(model, batch)
+def test_flex_attention_is_told_of_the_prefix() -> None:
+    model, batch = prefixed(LLAMA), padded(LLAMA)
+    batch["attention_mask"] = batch["attention_mask"].flip(1)  # a causal mask hides the end anyway
+    expected, seen = logits(model, batch), batch["attention_mask"].bool()
     model.config._attn_implementation = "my_flex"
-    seen = slice(None) if case is BERT else batch["attention_mask"].bool()
     assert torch.allclose(logits(model, batch)[seen], expected[seen], atol=1e-5)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -243,10 +244,19 @@ HOW = {
 NEW = {"max_new_tokens": 7, "min_new_tokens": 7}
 
 
+def strong(model: Any) -> Any:
+    """The model with a base that minds every word; a random one writes the same after any."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() > 1 and "espalier" not in name:
+                p.mul_(6)
+    return model
+
+
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("name", WRITERS)
 def test_generation_equals_the_base_on_embeddings(name: str, how: str) -> None:
-    model = made(name)
+    model = strong(made(name))
     short, long = ids(1, 6, seed=3), ids(1)
     row, mask = padded(short, 3, left=True)
     words, mask = torch.cat([row, long]), torch.cat([mask, torch.ones_like(long)])
@@ -264,12 +274,14 @@ def test_generation_equals_the_base_on_embeddings(name: str, how: str) -> None:
     torch.manual_seed(5)
     bare = model.generate(inputs_embeds=embedded, attention_mask=wide, **HOW[how], **NEW)
     assert torch.equal(texts[0][:, 9:], bare)
+    torch.manual_seed(5)
+    assert not torch.equal(model.generate(**given, **HOW[how], **NEW), texts[0])
 
 
 @pytest.mark.parametrize("how", ["greedy", "beams"])
 @pytest.mark.parametrize("name", PAIRS)
 def test_an_encoder_decoder_generates_as_its_base_on_embeddings(name: str, how: str) -> None:
-    model, words = made(name), ids(2)
+    model, words = strong(made(name)), ids(2)
     mask = torch.ones_like(words)
     mask[1, 5:] = 0
     given = {"attention_mask": mask, **HOW[how], **NEW}
@@ -280,7 +292,7 @@ def test_an_encoder_decoder_generates_as_its_base_on_embeddings(name: str, how: 
 
 
 def test_processors_limits_and_streams_know_the_text_alone() -> None:
-    model, words = made("llama"), ids(1)
+    model, words = strong(made("llama")), ids(1)
     seen: list[Tensor] = []
 
     class Keeper(tf.generation.streamers.BaseStreamer):
@@ -307,7 +319,7 @@ def test_processors_limits_and_streams_know_the_text_alone() -> None:
 
 
 def test_a_cache_is_gone_on_with_and_drafts_are_taken_back() -> None:
-    model, words = made("gpt2"), ids(1, 6)
+    model, words = strong(made("gpt2")), ids(1, 6)
     how = {"do_sample": False, **NEW}
     first = model.generate(words, return_dict_in_generate=True, **how)
     longer = torch.cat([first.sequences, ids(1, 3, seed=4)], 1)
@@ -319,6 +331,21 @@ def test_a_cache_is_gone_on_with_and_drafts_are_taken_back() -> None:
     assert torch.equal(drafted, model.generate(loop, **how))
     chunks = model.generate(loop, prefill_chunk_size=5, **how)
     assert torch.equal(chunks, model.generate(loop, **how))
+
+
+def test_a_recurrent_state_holds_the_prompt_too() -> None:
+    config = tf.MambaConfig(
+        vocab_size=VOCAB, hidden_size=24, num_hidden_layers=2, state_size=4, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(7)
+    model = strong(tf.MambaForCausalLM(config).eval())
+    esp.attach(model, RANDOM, "mine")
+    words, how = ids(2), {"do_sample": False, **NEW}
+    cached = model.generate(words, **how)
+    assert torch.equal(cached, model.generate(words, use_cache=False, **how))
+    esp.activate(model, None)
+    assert not torch.equal(cached, model.generate(words, **how))
 
 
 def test_a_cache_without_room_or_of_another_adapter_is_refused() -> None:
@@ -591,6 +618,25 @@ def test_a_bf16_base_keeps_its_type_and_the_prompt_its_own() -> None:
     assert out.logits.dtype == torch.bfloat16
     out.loss.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in esp.parameters(model))
+
+
+def test_a_run_leaves_room_for_the_prompt(tmp_path: Path) -> None:
+    import tiny_runs as tiny
+
+    base = tiny.save_model(tmp_path / "gpt2", tiny.gpt2(), tiny.tokenizer("gpt2"))
+    rows_ = tiny.sums(16)
+    rows_[0]["prompt"] = "the film " * 40
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_))
+    settings: dict[str, Any] = {
+        "model": base, "train": str(tmp_path / "sums.jsonl"), "steps": 1, "warmup": 0,
+        "threads": 1, "quiet": True, "method": "PromptTuning(length=10)", "generate": True,
+        "max_new_tokens": 2, "out": tmp_path / "run",
+    }  # fmt: skip
+    esp.train(esp.RunConfig(**settings))
+    assert esp.read_card(tmp_path / "run")["extras"]["max_length"] == 48 - 10
+    settings |= {"batching": "pack", "out": tmp_path / "packed", "generate": False}
+    with pytest.raises(SettingError, match="before the first of several texts alone"):
+        esp.train(esp.RunConfig(**settings))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

@@ -447,6 +447,7 @@ KEPT = {
     "tokens": (TAGGED,),
     "causal": ({"messages": SHORT_TALK},),
     "seq2seq": ({"source": "a", "target": "b"},),
+    "choices": ({"prompt": "a", "choices": ["b", "c"], "label": 0},),
 }
 
 

@@ -32,8 +32,12 @@ if TYPE_CHECKING:
     from espalier.methods.parallel import ParallelAdapter
     from espalier.methods.partial import PartialTuning
     from espalier.methods.prefix import PrefixTuning, PTuningV2
+    from espalier.methods.prompt import PromptTuning
+    from espalier.methods.ptuning import PTuning
     from espalier.methods.serial import SerialAdapter
+    from espalier.methods.spot import SPoT
     from espalier.places import Site, Sites, sites
+    from espalier.plain.transfer import prompt_similarity, rank_prompts, read_prompt
     from espalier.reading import gates
     from espalier.recipes import Method, Recipe, recipe
     from espalier.training import RunConfig, RunResult, fit, train
@@ -67,6 +71,7 @@ _MODULES = {
         *("freeze", "groups", "parameters", "skip_layers", "thaw", "to_plain"),
     ),
     "reading": ("gates",),
+    "plain.transfer": ("prompt_similarity", "rank_prompts", "read_prompt"),
     "places": ("Site", "Sites", "sites"),
     "recipes": ("Method", "Recipe", "recipe"),
     "training": ("RunConfig", "RunResult", "fit", "train"),
@@ -75,11 +80,13 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "IA3", "Batch", "BitFit", "Call", "Compacter", "Delta", "EspalierError", "FullTuning",
-    "HeadOnly", "Kept", "LoRA", "Method", "PTuningV2", "ParallelAdapter", "PartialTuning",
-    "PrefixTuning", "Recipe", "RunConfig", "RunResult", "SerialAdapter", "Site", "Sites", "Tensors",
-    "Trained", "account", "activate", "active", "attach", "calibrate", "dead_sites", "detach",
-    "errors", "fit", "freeze", "gates", "groups", "load", "merge", "parameters", "prefix_from_text",
-    "read_card", "recipe", "save", "sites", "skip_layers", "thaw", "to_plain", "train", "unmerge",
+    "HeadOnly", "Kept", "LoRA", "Method", "PTuning", "PTuningV2", "ParallelAdapter",
+    "PartialTuning", "PrefixTuning", "PromptTuning", "Recipe", "RunConfig", "RunResult", "SPoT",
+    "SerialAdapter", "Site", "Sites", "Tensors", "Trained", "account", "activate", "active",
+    "attach", "calibrate", "dead_sites", "detach", "errors", "fit", "freeze", "gates", "groups",
+    "load", "merge", "parameters", "prefix_from_text", "prompt_similarity", "rank_prompts",
+    "read_card", "read_prompt", "recipe", "save", "sites", "skip_layers", "thaw", "to_plain",
+    "train", "unmerge",
 ]  # fmt: skip
 
 

@@ -96,7 +96,16 @@ def read_card(folder: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The folder holds no adapter of ours, or a damaged one.
     """
-    return _read(_local(str(folder)))[1]
+    return open_saved(folder)[1]
+
+
+def open_saved(folder: str | Path) -> tuple[Container, dict[str, Any]]:
+    """A saved adapter's tensors, read when asked for by their labels, and its card.
+
+    Raises:
+        CheckpointError: The folder holds no adapter of ours, or a damaged one.
+    """
+    return _read(_local(str(folder)))
 
 
 def _read(folder: Path) -> tuple[Container, dict[str, Any]]:

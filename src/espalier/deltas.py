@@ -98,7 +98,8 @@ class Delta:
         plain(t) -> t                     the numbers of the plain form that `Method.plain` builds
 
     Attributes:
-        watches: Paths of other modules; `seen` holds their latest calls when a port is used.
+        watches: Paths of other modules; `seen` holds their latest calls when a port is used. The
+            end of a watched module around the site empties it.
         gaps: How many of the rows that it embeds stand before the text, between its two segments,
             and after it.
     """

@@ -16,6 +16,7 @@ import torch
 
 from espalier.checkpoint import load, read_card
 from espalier.errors import CheckpointError, SettingError
+from espalier.graft import find
 from espalier.training.evaluate import evaluating, inputs
 from espalier.training.models import (
     limit_of,
@@ -240,7 +241,7 @@ def _prompt(at: Adapted, request: Any, how: Writing) -> list[int]:
     """
     if at.task.name != "causal":
         return at.task.prompt(request, at.tokenizer, at.max_length)
-    limit = limit_of(at.model.config, at.tokenizer)
+    limit = limit_of(at.model.config, at.tokenizer, find(at.model).words)
     room = None if limit is None else max(limit - how.max_new_tokens, limit // 2)
     return at.task.prompt(request, at.tokenizer, room)
 
@@ -258,7 +259,8 @@ def _generate(
         space = [value] * (width - len(ids))
         return [*space, *ids] if before else [*ids, *space]
 
-    limit = limit_of(at.model.config, at.tokenizer) if before else None
+    taken = find(at.model).words
+    limit = limit_of(at.model.config, at.tokenizer, taken) if before else None
     if limit is not None:
         how = dataclasses.replace(how, max_new_tokens=min(how.max_new_tokens, limit - width))
     ids = torch.tensor([padded(p, fill) for p in prompts], device=at.device)

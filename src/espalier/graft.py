@@ -144,6 +144,11 @@ class Graft(nn.Module):
         for port in self.attentions.values():
             port.refresh()
 
+    @property
+    def words(self) -> int:
+        """How many words the live adapters put beside a text."""
+        return self.prompts.length if self.prompts else 0
+
     def refuse_merged(self) -> None:
         """Raise AdapterError while adapters are merged into the base."""
         if self.merged:

@@ -117,7 +117,8 @@ class Prompts:
         words = ids if ids is not None else features
         if words is None:
             return  # the model says what is missing
-        length, size, held = self.length, words.shape[1], _held(given)
+        length, size = self.length, words.shape[1]
+        held = _held(given, length, size)
         self._check(length, size, held, mask)
         if held:
             self._go_on(given, length, mask)
@@ -171,23 +172,23 @@ class Prompts:
         self._tell(given.get("attention_mask"), continuing=True)
 
     def _check(self, length: int, size: int, held: int, mask: Any) -> None:
-        if self.limit is not None and length + size + held > self.limit:
-            text = size + held - (length if held else 0)
+        """Refuse a text too long, or a mask that is not one of its words; `held` are in a cache."""
+        text = size + held - (length if held else 0)
+        if self.limit is not None and text + length > self.limit:
             raise AdapterError(
                 f"a text of {text} tokens and a prompt of {length} make {text + length}, but "
                 f"{type(self.model).__name__} has {self.limit} positions; use at most "
                 f"{self.limit - length} tokens"
             )
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            wanted = size + held - (length if held else 0)
-            if mask.shape[1] == wanted:
-                return
-            why = f"cover {wanted} words, those of the text, but has {mask.shape[1]}"
-            why += "; was the cache filled while other adapters were active?" if held else ""
-        elif mask is None:
+        if mask is None:
             return
-        else:
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
             why = f"have a row per text, one number per word, not {_shape(mask)}"
+        elif mask.shape[1] != text:
+            why = f"cover {text} words, those of the text, but has {mask.shape[1]}"
+            why += "; was the cache filled while other adapters were active?" if held else ""
+        else:
+            return
         raise AdapterError(f"a soft prompt is active; attention_mask must then {why}")
 
     def _tell(self, mask: Tensor | None, continuing: bool) -> None:
@@ -316,16 +317,17 @@ def _wide_mask(mask: Tensor, gaps: tuple[int, int, int]) -> Tensor:
     return spread(gaps, mask.shape[1], start, start, end).fill(mask, 1)
 
 
-def _held(given: Mapping[str, Any]) -> int:
+def _held(given: Mapping[str, Any], length: int, size: int) -> int:
     """How many words, prompts among them, the cache holds that the stack goes on from."""
-    cache = given.get("past_key_values")
-    if cache is None:
-        return 0
+    cache, states = given.get("past_key_values"), given.get("cache_params")
     if getattr(cache, "is_compileable", False):
         raise AdapterError(
             "a cache of fixed size has no room for a soft prompt; leave cache_implementation out"
         )
-    return cache.get_seq_length()
+    if states is not None and states.has_previous_state():  # recurrent: it counts no words
+        mask = given.get("attention_mask")
+        return 1 + length if mask is None else mask.shape[1] + length - size
+    return 0 if cache is None else cache.get_seq_length()
 
 
 def _shape(mask: object) -> str:

@@ -46,6 +46,11 @@ class Method:
         return [self.build(site) for site in places.select(self.sites)]
 
     @property
+    def words(self) -> int:
+        """How many words it puts beside a text, which must then be shorter by as many."""
+        return 0
+
+    @property
     def identity(self) -> bool:
         """Whether a fresh adapter changes nothing; papers that say otherwise override it."""
         return True
@@ -87,6 +92,11 @@ class Recipe:
     def identity(self) -> bool:
         """Whether a fresh adapter changes nothing."""
         return all(method.identity for method in self.methods)
+
+    @property
+    def words(self) -> int:
+        """How many words its parts put beside a text."""
+        return sum(method.words for method in self.methods)
 
     def plain(self) -> Recipe:
         """The recipe that serves what this one trained."""

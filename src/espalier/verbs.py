@@ -104,8 +104,8 @@ def deltas_of(
     deltas: list[tuple[str, Delta]] = []
     for index, method in enumerate(parts.methods):
         for delta in method.deltas(model, places):
-            rows = f":{delta.site.role}" if delta.site.rows else ""
-            deltas.append((f"{index}/{delta.site.path}{rows}", delta))
+            part = f":{delta.site.role}" if delta.site.rows or delta.site.span else ""
+            deltas.append((f"{index}/{delta.site.path}{part}", delta))
     if attending := [delta.site for _, delta in deltas if delta.attends]:
         base = base_modules(model)
         for site in attending:

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": (_USE, "Rows in, the same rows with predictions out."),
     "generate": (_USE, "Write text with a trained adapter."),
     "chat": (_USE, "Talk to a trained adapter in the terminal."),
+    "spot": (_USE, "Prompts of tasks for another: train them, rank them, start from them."),
     "inspect": (_LOOK, "The places of a model, what a method would train, or an adapter's card."),
     "data": (_LOOK, "Check data before training: columns, lengths, what the loss sees."),
     "merge": (_HAND_ON, "Write base and adapter as one ordinary model folder."),

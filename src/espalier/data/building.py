@@ -9,6 +9,7 @@ from espalier.data.forms import Form
 from espalier.errors import DataError, SettingError
 from espalier.tasks import (
     Causal,
+    Choices,
     Classification,
     Multilabel,
     Regression,
@@ -30,8 +31,11 @@ def build_task(
     system: str | None = None,
     chat_template: str | None = None,
     prefix: str = "",
+    writer: str | None = None,
 ) -> Task:
     """The task of a form; labels come from `names` by column, else from the training rows.
+
+    `writer` is the task of a base made to write, where it is known.
 
     Raises:
         DataError: the labels cannot be used.
@@ -41,14 +45,16 @@ def build_task(
         raise SettingError(
             f"system and chat_template are for conversations; these rows are read as {form}"
         )
-    if prefix and form.task != "seq2seq":
-        raise SettingError(f"prefix is for seq2seq; these rows are read as {form}")
+    if prefix and form.task not in ("seq2seq", "choices"):
+        raise SettingError(f"prefix is for seq2seq and choices; these rows are read as {form}")
     if form.task == "causal":
         return Causal(form.columns, None, form.kind, form.separator, system, chat_template)
     if form.task == "regression":
         return Regression(form.columns)
     if form.task == "seq2seq":
         return Seq2Seq(form.columns, None, prefix)
+    if form.task == "choices":
+        return Choices(form.columns, None, writer or "causal", prefix)
     column = form.columns["tags" if form.task == "tokens" else "label"]
     if form.task == "classification":
         cells = column_cells(rows, column)

@@ -11,11 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from espalier.data.forms import (
     ASIDE,
     CANONICAL,
+    CHOICES,
     CONTINUES,
     LABEL,
     LABELLED,
     NEEDED,
     PAIRS,
+    QUESTION,
+    RIGHT,
     SOURCES,
     TEXT,
     Form,
@@ -70,6 +73,7 @@ def possible_forms(
         *_labelled_forms(found, given, rows, task),
         *_tagged_forms(found, given),
         *_written_forms(found, given),
+        *_choice_forms(found, given),
     ]
     forms = [f for f in forms if set(given.values()) <= set(f.columns.values())]
     if not any(task in (None, f.task) for f in forms):
@@ -148,6 +152,14 @@ def _written_forms(found: Sequence[str], given: Mapping[str, str]) -> Iterator[F
             source, target = given.get("source", source), given.get("target", target)
             if {source, target} <= set(found):
                 yield from _both_ways(source, target, "\n", "seq2seq")
+
+
+def _choice_forms(found: Sequence[str], given: Mapping[str, str]) -> Iterator[Form]:
+    question = given.get("question") or _one_of(QUESTION, found)
+    choices = given.get("choices") or _one_of(CHOICES, found)
+    right = given.get("label") or _one_of(RIGHT, found)
+    if question is not None and choices is not None and right is not None:
+        yield Form("choices", {"question": question, "choices": choices, "label": right})
 
 
 def _both_ways(source: str, target: str, separator: str, usual: str) -> Iterator[Form]:

@@ -37,6 +37,9 @@ SOURCES = (
     ("text", "summary"),
     ("src", "tgt"),
 )
+QUESTION = ("question", "prompt", "source", "input", "query", "text", "premise", "context")
+CHOICES = ("choices", "options", "answer_choices", "candidates", "endings")
+RIGHT = ("label", "answer", "completion", "target", "output", "gold")
 # fmt: off
 ASIDE = frozenset((
     "id", "idx", "index", "uid", "guid", "url", "source", "meta", "metadata", "date",
@@ -52,6 +55,7 @@ NEEDED = {
     "tokens": "tokens + tags",
     "causal": "text, or prompt + completion, or instruction + output, or messages",
     "seq2seq": "source + target",
+    "choices": "question + choices (a list of texts) + label (the right one, or its number from 0)",
 }
 CONTINUES = "continues"
 """Set by the reader of plain text on lines that are not the last of their text."""
@@ -87,4 +91,5 @@ CANONICAL = {
         *("instruction", "input", "output", "system"),
     ),
     "seq2seq": ("source", "target"),
+    "choices": ("question", "choices", "label"),
 }

@@ -50,9 +50,10 @@ def read_task(
             list of dicts (or such lists by split: `{"train": ..., "test": ...}`).
         validation: the like for validation; without any, a share of training is set aside.
         test: the like for testing.
-        task: "classification", "multilabel", "regression", "tokens", "causal" or "seq2seq"; by
-            default what the columns say.
-        prefer: the task to take where the columns allow several.
+        task: "classification", "multilabel", "regression", "tokens", "causal", "seq2seq" or
+            "choices"; by default what the columns say.
+        prefer: the task to take where the columns allow several, "causal" or "seq2seq" by the
+            base; it also says which of both ranks choices.
         columns: your columns by the names the task gives them, `{"text": "review"}`.
         label_names: class names in the order of their numbers.
         limit: rows per split to keep, chosen by `seed`.
@@ -60,7 +61,7 @@ def read_task(
         seed: decides which rows are set aside and kept.
         system: a system text for conversations that bring none.
         chat_template: a Jinja template instead of the tokenizer's.
-        prefix: a text put before each source (seq2seq).
+        prefix: a text put before each source (seq2seq) or question (choices).
         documents: whether a .txt file is one text ("file") or one per paragraph ("paragraphs").
 
     Raises:
@@ -84,6 +85,7 @@ def read_task(
         system=system,
         chat_template=chat_template,
         prefix=prefix,
+        writer=prefer,
     )
     notes = [_said(form, made)]
     _leave_out_unlabelled(raw, form, notes, given={"validation": validation, "test": test})

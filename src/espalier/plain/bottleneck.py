@@ -255,6 +255,11 @@ class ParallelHeads(Bottleneck):
         entered = self.seen[str(self.site.enter)].x.to(x.dtype)
         return x + self.branch(t, entered, training)
 
+    @property
+    def gate_width(self) -> int:
+        """Width of the heads, which a gate over a change of them reads."""
+        return self.site.n_out
+
 
 def block_of(site: Site, places: Sites) -> Site:
     """The block that a site lies in. Raises SiteError where it lies in none."""

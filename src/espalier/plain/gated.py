@@ -38,6 +38,7 @@ class GatedDelta(Delta):
         """The gated change of the host's input."""
         if type(self.part).before is Delta.before:
             return x
+        self.part.seen = self.seen
         return x + self._gate(t, x) * (self.part.before(t, x, training) - x)
 
     def after(self, t: Tensors, x: Tensor, y: Tensor, training: bool) -> Tensor:

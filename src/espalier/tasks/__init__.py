@@ -8,6 +8,7 @@ from typing import Any
 
 from espalier.errors import SettingError, nearest
 from espalier.tasks.causal import Causal
+from espalier.tasks.choices import Choices
 from espalier.tasks.classification import Classification, Guess
 from espalier.tasks.encoding import pad_id
 from espalier.tasks.multilabel import Multilabel
@@ -21,6 +22,7 @@ __all__ = [
     "IGNORED",
     "TASKS",
     "Causal",
+    "Choices",
     "Classification",
     "Example",
     "Guess",
@@ -36,7 +38,8 @@ __all__ = [
 ]
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Classification, Multilabel, Regression, Tokens, Causal, Seq2Seq)
+    task.name: task
+    for task in (Classification, Multilabel, Regression, Tokens, Causal, Seq2Seq, Choices)
 }
 
 

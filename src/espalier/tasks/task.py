@@ -123,6 +123,10 @@ class Task(ABC):
             given["use_cache"] = False
         return given
 
+    def loss(self, outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """What training lowers, a mean over the batch's targets; by default the model's own."""
+        return outputs.loss
+
     def extras(self, tokenizer: PreTrainedTokenizerBase | None = None) -> dict[str, Any]:
         """All that is needed to format and read inputs as in training, as JSON values."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

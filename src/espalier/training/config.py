@@ -29,7 +29,9 @@ DECISIVE = (
 )
 # fmt: on
 
-TaskName = Literal["classification", "multilabel", "regression", "tokens", "causal", "seq2seq"]
+TaskName = Literal[
+    "classification", "multilabel", "regression", "tokens", "causal", "seq2seq", "choices"
+]
 
 
 class RunConfig(BaseModel):
@@ -65,7 +67,9 @@ class RunConfig(BaseModel):
     chat_template: str | None = Field(
         None, description="Chat template (Jinja) in place of the tokenizer's; saved as well."
     )
-    prefix: str = Field("", description="Text put before each source (seq2seq).")
+    prefix: str = Field(
+        "", description="Text put before each source or question (seq2seq, choices)."
+    )
     documents: Literal["file", "paragraphs"] = Field(
         "file", description="Whether a .txt file is one text or one per paragraph."
     )

@@ -14,9 +14,10 @@ import torch
 
 from espalier.accounting import account
 from espalier.errors import SettingError
-from espalier.graft import get
+from espalier.graft import find, get
 from espalier.recipes import Recipe
 from espalier.training import finish, folders, models, randomness, report, state, threads
+from espalier.training.choosing import choose
 from espalier.training.config import RunConfig
 from espalier.training.job import Job
 from espalier.training.loop import Loop
@@ -36,13 +37,14 @@ def go(at: Material, parts: Recipe | None, name: str, new: list[str] | None = No
     whose training failed is taken out again, so that the next try finds its name free.
     """
     models.to_device(at.model, at.device)
-    _check_packing(at)
+    _check_packing(at, find(at.model).words if parts is None else parts.words)
     randomness.seed_all(at.config.seed)
     if parts is None:
         name = only_active(at.model)
         return _train(at, name, get(at.model, name).recipe)
     attach(at.model, parts, name, head=_head(at.config, new))
     try:
+        choose(at, name)
         result = _train(at, name, parts)
     except Exception:
         detach(at.model, name)
@@ -136,11 +138,13 @@ def _say_plan(at: Material, loop: Loop, parts: Recipe, counted: Mapping[str, Any
         at.out.screen.say(at.encoded.note)
 
 
-def _check_packing(at: Material) -> None:
+def _check_packing(at: Material, words: int) -> None:
     if at.config.batching == "pack":
         from espalier.data import packing_refusal
 
         why = packing_refusal(at.model)
+        if words:
+            why = "the words of a prompt would stand before the first of several texts alone"
         if why:
             raise SettingError(f"batching: pack does not suit this model: {why}. Use bucket.")
 

@@ -89,7 +89,7 @@ def evaluate(
             count = targets(batch, causal)
             with autocast():
                 outputs = model(**inputs(task, batch, accelerator.device, model.dtype))
-            loss = float(outputs.loss) if count else 0.0
+            loss = float(task.loss(outputs, batch)) if count else 0.0
             found.append((loss, count, task.predict(outputs, batch), task.references(batch)))
     if accelerator.num_processes > 1:
         found = gather_object(found)

@@ -93,9 +93,8 @@ def _first_bad(job: Job, micro: list[int]) -> str | None:
     try:
         with torch.no_grad(), job.autocast():
             batch = job.task.collate([job.train[i] for i in micro], job.tokenizer)
-            loss = job.model(
-                **inputs(job.task, batch, job.accelerator.device, job.model.dtype)
-            ).loss
+            given = inputs(job.task, batch, job.accelerator.device, job.model.dtype)
+            loss = job.task.loss(job.model(**given), batch)
     finally:
         for hook in hooks:
             hook.remove()

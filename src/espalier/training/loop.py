@@ -26,7 +26,7 @@ from espalier.training.guard import Places, check_finite
 from espalier.training.job import Job
 from espalier.training.memory import used
 from espalier.training.schedule import factor, total_steps, warmup_steps
-from espalier.verbs import constants, groups, only_active
+from espalier.verbs import activate, active, constants, groups, only_active
 
 
 class Loop:
@@ -126,6 +126,7 @@ class Loop:
         process = self.job.accelerator.process_index
         numbers = (self.parameters, self.constants)
         self.best = state.restore(found, *numbers, self.optimizer, process)
+        activate(self.job.model, active(self.job.model))  # deltas that keep numbers read them anew
         self.job.record.rewind(offset)
 
     def _epoch(self) -> None:
@@ -197,7 +198,7 @@ class Loop:
             if count:  # the mean over no target is not a number
                 with job.autocast():
                     given = inputs(job.task, batch, device, job.model.dtype)
-                    part = job.model(**given).loss * (count / total)
+                    part = job.task.loss(job.model(**given), batch) * (count / total)
                 part.backward()
                 loss += part.detach().float()
         if accelerator.num_processes > 1:

@@ -67,15 +67,18 @@ def precision_of(asked: str, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
-def limit_of(config: Any, tokenizer: Any) -> int | None:
-    """The smaller of the model's positions and the tokenizer's limit; None when unlimited."""
+def limit_of(config: Any, tokenizer: Any, taken: int = 0) -> int | None:
+    """The smaller of the model's positions and the tokenizer's limit; None when unlimited.
+
+    `taken` of them are those of words that an adapter puts beside the text.
+    """
     found = (
         getattr(config.get_text_config(), "max_position_embeddings", None),
         getattr(tokenizer, "model_max_length", None),
     )
     # Tokenizers without a limit state about 10^30.
     limits = [int(x) for x in found if isinstance(x, int | float) and 0 < x < 10**6]
-    return min(limits, default=None)
+    return min(limits) - taken if limits else None
 
 
 def to_device(model: Any, device: torch.device) -> None:

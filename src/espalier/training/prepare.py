@@ -96,7 +96,8 @@ def read_data(
 
     if isinstance(train, TaskData):
         return train
-    if base is None and config.task is None and Path(located(config.model)).expanduser().is_dir():
+    here = Path(located(config.model)).expanduser().is_dir()
+    if base is None and (config.task == "choices" or (config.task is None and here)):
         base = models.load_config(config.model)
     return read_task(
         train if train is not None else config.train,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from espalier.errors import CheckpointError, SettingError, SiteError
+from espalier.graft import find
 from espalier.recipes import Method, Recipe, recipe
 from espalier.training import folders, models, randomness
 from espalier.training.config import RunConfig
@@ -59,7 +60,8 @@ def train(config: RunConfig) -> RunResult:
         data = read_data(config)
         config = config.replace(task=data.task.name)  # its rules again, now that it is known
         tokenizer = models.load_tokenizer(config.model)
-        config = fitting(config, models.limit_of(models.load_config(config.model), tokenizer))
+        limit = models.limit_of(models.load_config(config.model), tokenizer, parts.words)
+        config = fitting(config, limit)
         encoded = encode(data, tokenizer, config)
     with _folder_open(out, config):
         precision = models.precision_of(config.precision, out.accelerator.device)
@@ -105,7 +107,8 @@ def fit(
     with quiet(None):
         read = read_data(config, data, validation, test, model.config)
         config = config.replace(task=read.task.name)
-        config = fitting(config, models.limit_of(model.config, tokenizer))
+        taken = parts.words if parts is not None else find(model).words
+        config = fitting(config, models.limit_of(model.config, tokenizer, taken))
         encoded = encode(read, tokenizer, config)
     with _folder_open(out, config):
         models.set_padding(model, tokenizer)
