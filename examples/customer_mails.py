@@ -127,11 +127,11 @@ def baselines(name: str, train: list[dict[str, Any]], test: list[dict[str, Any]]
     Accuracy of the kind, F1 of the passages that the tags mark (each word with its usual tag), and
     Spearman's correlation of the urgency, where the one answer that is always given has none.
     """
-    from scipy.stats import spearmanr
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.pipeline import make_pipeline
 
+    from espalier.tasks.metrics import regression_scores
     from espalier.tasks.spans import entity_scores
 
     if name == "tags":
@@ -146,7 +146,7 @@ def baselines(name: str, train: list[dict[str, Any]], test: list[dict[str, Any]]
     words.fit([row["text"] for row in train], [row[name] for row in train])
     found, right = words.predict([row["text"] for row in test]), [row[name] for row in test]
     if number:
-        return [0.0, float(spearmanr(found, right).statistic)]
+        return [0.0, regression_scores(found, right)["spearman"]]
     common = Counter(row[name] for row in train).most_common(1)[0][0]
     return [right.count(common) / len(right), float((found == right).mean())]
 

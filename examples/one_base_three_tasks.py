@@ -79,9 +79,9 @@ def take(base: OneBase, folder: Path) -> Adapted:
     card = esp.read_card(folder)
     task = task_from_extras(card["extras"])
     # The adapter's head stands in for this one, which has to have its shape when it is loaded.
-    head = base.classifier
-    head.weight = nn.Parameter(torch.zeros(len(task.labels or "1"), head.in_features))
-    head.bias = nn.Parameter(torch.zeros(len(head.weight)))
+    width = len(task.labels) if task.labels else 1
+    base.classifier.weight = nn.Parameter(torch.zeros(width, base.bert.config.hidden_size))
+    base.classifier.bias = nn.Parameter(torch.zeros(width))
     esp.load(base, folder, folder.name)
     return Adapted(folder, base.eval(), load_tokenizer("demo-encoder"), task, card)
 
@@ -160,7 +160,8 @@ def main(folder: Path, quick: bool) -> None:
     table(folder, rows)
     base = OneBase()
     at = {name: take(base, folder / name) for name in TASKS}
-    print(f"\nOne base holds {base.espalier}")
+    held = sum(p.nbytes for p in base.parameters())
+    print(f"\nOne base with all three adapters is in memory: {held / 1e6:.0f} MB.")
     new = [{"text": mail, "tokens": mail.split()} for mail in NEW_MAILS]
     kinds, tags, urgencies = (answers(at[name], new) for name in TASKS)
     for row, kind, some, urgency in zip(new, kinds, tags, urgencies, strict=True):

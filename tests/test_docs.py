@@ -1,7 +1,7 @@
 """Every command and snippet of README.md and docs/ runs, in order, in one folder per page.
 
-Install lines are what `.ci/run` itself does. The quickstart is shortened, except with `-m slow`, and
-so is the example that takes minutes, which its page runs. A block ```text is output, ```yaml is
+Install lines are what `.ci/run` itself does. The quickstart is shortened, except with `-m slow`, as
+is the example that takes minutes, which its page runs. A block ```text is output, ```yaml is
 written to the file that its first line names.
 """
 

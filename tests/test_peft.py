@@ -161,7 +161,7 @@ def test_embeddings_both_ways(tmp_path: Path) -> None:
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"a_setting_of_next_year": 3}, "a_setting_of_next_year"),
         ({"init_lora_weights": "pissa"}, "pissa"),
-        ({"peft_type": "IA3"}, "IA3"),
+        ({"peft_type": "VERA"}, "VERA"),
     ],
 )
 def test_what_we_do_not_know_is_named(change: dict, named: str, tmp_path: Path) -> None:

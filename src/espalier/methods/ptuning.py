@@ -119,8 +119,9 @@ class MadePrompt(Delta):
         if self.weights:
             state = x.new_zeros(_LAYERS * len(_SIDES), 1, self.hidden)
             flat = [t[name] for name in self.weights]
+            # In training mode always: cuDNN keeps what a backward pass needs in no other.
             x = torch.lstm(
-                x.unsqueeze(0), (state, state), flat, True, _LAYERS, 0.0, False, True, True
+                x.unsqueeze(0), (state, state), flat, True, _LAYERS, 0.0, True, True, True
             )[0].squeeze(0)
         return {"prompt": F.linear(F.linear(x, t["w1"], t["b1"]).relu(), t["w2"], t["b2"])}
 

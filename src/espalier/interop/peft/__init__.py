@@ -9,15 +9,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from espalier.adapter import Adapter
 from espalier.errors import CheckpointError
 from espalier.graft import Graft
-from espalier.interop.peft import lora
+from espalier.interop.peft import ia3, lora, norms, prefix, prompt
 from espalier.interop.peft.files import Kind, open_folder, write_folder
+from espalier.interop.peft.whole import saved_whole
 
-KINDS: dict[str, Kind] = {"LORA": lora.KIND}
+KINDS: dict[str, Kind] = {
+    "LORA": lora.KIND,
+    "IA3": ia3.KIND,
+    "LN_TUNING": norms.KIND,
+    "PREFIX_TUNING": prefix.KIND,
+    "PROMPT_TUNING": prompt.KIND,
+    "P_TUNING": prompt.MADE_BY_NETWORK,
+}
 
 
 def write_peft(model: nn.Module, adapter: Adapter, folder: Path) -> None:
@@ -29,7 +37,9 @@ def write_peft(model: nn.Module, adapter: Adapter, folder: Path) -> None:
     for name, kind in KINDS.items():
         if kind.fits(adapter):
             config, tensors = kind.write(model, adapter)
-            write_folder(model, folder, {"peft_type": name, **config}, tensors)
+            heads = saved_whole(model, adapter.head)
+            config = {"peft_type": name, "modules_to_save": list(heads) or None, **config}
+            write_folder(model, folder, config, {**_base_of(heads, kind.prefix), **tensors})
             return
     held = {type(delta).__name__ for delta in adapter.deltas if not delta.replaces}
     what = f"holds {', '.join(sorted(held))} together" if held else "only replaces parameters"
@@ -37,6 +47,15 @@ def write_peft(model: nn.Module, adapter: Adapter, folder: Path) -> None:
         f"none of peft's formats ({', '.join(KINDS)}) has a form for {adapter.recipe}, which "
         f"{what}. Save it in Espalier's own format, or merge it into the base"
     )
+
+
+def _base_of(heads: dict[str, nn.Module], prefix: str) -> dict[str, Tensor]:
+    """What the base has in modules that peft wants whole, trained or not."""
+    return {
+        f"{prefix}{path}.{name}": value
+        for path, module in heads.items()
+        for name, value in module.state_dict().items()
+    }
 
 
 def read_peft(model: nn.Module, folder: Path, name: str) -> tuple[Graft, Adapter]:

@@ -18,6 +18,7 @@ from espalier.interop.foreign import Foreign, refuse_unknown
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+PROMPT_PREFIX = "base_model."  # of kinds that leave the model's layers as they are
 # The last part of a transformers class name says what peft calls the task.
 TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -26,6 +27,12 @@ TASKS = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     "ForQuestionAnswering": "QUESTION_ANS",
+}
+# What peft trains and saves beside every adapter of a task: modules, by the end of their path.
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
 }
 # Settings of every type that say nothing about how saved numbers act.
 COMMON = {
@@ -42,12 +49,20 @@ class Kind(NamedTuple):
         fits: Whether an adapter has this form.
         write: (model, adapter) → its settings, and its tensors by peft's keys.
         read: (model, opened folder, name) → the adapter and the graft to install it with.
+        prefix: What its keys put before a module's path.
     """
 
     known: set[str]
     fits: Callable[[Adapter], bool]
     write: Callable[[nn.Module, Adapter], tuple[dict[str, Any], dict[str, Tensor]]]
     read: Callable[[nn.Module, Foreign, str], tuple[Graft, Adapter]]
+    prefix: str = PREFIX
+
+
+def task_of(model: nn.Module) -> str | None:
+    """What peft calls the task of a model's class; None where it has no word for it."""
+    name = type(model).__name__
+    return next((task for end, task in TASKS.items() if name.endswith(end)), None)
 
 
 def write_folder(
@@ -55,11 +70,10 @@ def write_folder(
 ) -> None:
     """Write settings and tensors; adds the settings that every type has."""
     base = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "") or None
-    name = type(model).__name__
     common = {
         "base_model_name_or_path": base,
         "inference_mode": True,
-        "task_type": next((task for end, task in TASKS.items() if name.endswith(end)), None),
+        "task_type": task_of(model),
     }
     ordered = {key: tensors[key].detach().contiguous() for key in sorted(tensors)}
     container.write(folder / WEIGHTS, ordered.items(), ordered.values(), {"format": "pt"})

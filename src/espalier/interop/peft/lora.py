@@ -105,7 +105,6 @@ def _config(adapter: Adapter, lows: Mapping[str, Low], bias: str) -> dict[str, A
         "init_lora_weights": True,
         "lora_alpha": alpha,
         "lora_dropout": max((m.dropout for m in loras), default=0.0),
-        "modules_to_save": list(adapter.head) or None,
         "r": rank,
         "rank_pattern": {path: r for path, r in ranks.items() if r != rank},
         "target_modules": sorted(lows),
