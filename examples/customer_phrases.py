@@ -81,26 +81,40 @@ CUES = {  # sentences by what they add to the urgency of a mail
         "We leave on holiday in the morning.", "This cannot wait.",
         "My guests arrive tonight.", "I need a solution at once.", "The wedding is in two days.",
         "It has to be here before the weekend.", "Please hurry, time is running out.",
+        "This is an emergency.", "I must have it by noon.", "Please call me back right now.",
+        "I need an answer within the hour.", "My train leaves in three hours.",
+        "As fast as you can, please!", "Tomorrow will be too late.", "Every day counts.",
+        "The party is on Saturday, so be quick.", "Please deal with it immediately.",
     ),
     0.2: (
         "This is the third time I write.", "Nobody has replied to my last mail.",
         "I have called you twice already.", "If nothing happens I will go to a lawyer.",
         "I have asked for this several times.", "I wrote about it last week and heard nothing.",
         "I am still waiting for an answer.", "My patience is at an end.",
-        "Why does nobody answer me?", "I am going to report this to the consumer office.",
+        "Why does nobody answer me?", "Without an answer I will tell the consumer office.",
+        "You have ignored me for a month.", "I keep writing and you keep silent.",
+        "My last two messages were not answered.", "I will tell my lawyer about it.",
+        "I am tired of waiting for you.", "Again no answer from you.",
+        "How often do I have to ask?", "I shall write to the newspaper about you.",
+        "Last time you promised to call and did not.", "I have been waiting for weeks now.",
     ),
     -0.2: (
         "There is no hurry.", "Answer whenever you have time.", "It is not important.",
         "I can easily wait a few weeks.", "Take all the time you need.",
         "No need to reply soon.", "Next month is early enough.", "It is not urgent at all.",
         "I am in no rush.", "Do it when it suits you.",
+        "Any time this year is fine.", "Just when you get around to it.", "It can wait.",
+        "There is plenty of time.", "No rush from my side.",
+        "I do not mind waiting.", "Later is fine too.", "It does not matter when.",
+        "Please do not hurry because of me.", "An answer next week will do.",
     ),
     0.0: (
         "I have been a customer for years.", "I saw your shop in a magazine.",
         "My sister told me about you.", "I paid by card.", "The weather here is awful.",
         "I live on the second floor.", "My neighbour took the parcel in.",
         "I use your website now and then.", "I also have your catalogue here.",
-        "My husband set up the account.",
+        "My husband set up the account.", "We have a small garden.", "I am 82 years old.",
+        "It was my first order with you.", "I usually buy in town.", "We moved here in spring.",
     ),
 }
 PROBLEMS = (
@@ -114,19 +128,31 @@ PROBLEMS = (
     "my voucher is refused", "the tracking page shows nothing", "the {item} leaks",
     "the package got lost on the way", "the seller was rude", "the paint is coming off",
     "I got somebody else's goods", "the battery is dead", "the {item} does not switch on",
+    "there are stains on the {item}", "the manual is in the wrong language",
+    "you sent me two of them", "the zip is stuck", "the parcel came a week too late",
+    "one leg of the {item} is bent", "I cannot log in any more", "the glass is in pieces",
+    "your app keeps crashing", "the screws do not fit", "the {item} makes a terrible noise",
+    "the delivery went to my old address", "the seam came apart after one wash",
+    "the {item} is not what I ordered", "the box was open and wet", "the plug gets hot",
+    "my account was closed without a word", "the size on the label is false",
+    "the {item} wobbles", "the payment failed three times",
 )
 ITEMS = (
     "kettle", "desk lamp", "blanket", "clock", "toaster", "rucksack", "radio", "garden chair",
     "mirror", "coffee grinder", "bookshelf", "tent", "umbrella", "phone case", "rug", "hairdryer",
-    "bicycle pump", "wool coat", "printer", "saucepan",
+    "bicycle pump", "wool coat", "printer", "saucepan", "watch", "armchair", "keyboard", "pillow",
+    "camera",
 )
 ORDERS = (  # 9 stands for a digit, A for a letter
-    "#99999", "A-99999", "9999999", "AA-9999", "ORD99999", "99999-99", "no. 99999", "A999999",
-    "99/99999", "9999-A", "2025-9999", "999 999", "AA 99999", "#A9999", "nr. 9999-99",
+    "#99999", "A-99999", "9999999", "AA-9999", "ORD99999", "99999-99", "999-9999", "A999999",
+    "99/99999", "9999-A", "2025-9999", "999 999", "AA 99999", "#A9999", "9999-99-99",
+    "AAA-999-99", "99A9999", "#99-9999", "999999", "A9-99999", "99.999.99", "A/99999", "9999/A",
+    "AA999999", "#999999",
 )
 PRICES = (
     "39.90 €", "£15", "120 euros", "$48.50", "EUR 7", "£ 260", "19 €", "75 pounds", "€ 9.99",
-    "33.10 $",
+    "33.10 $", "EUR 18.20", "$ 5", "9 dollars", "1,250 €", "27 €", "£8.75", "€80", "14 euros",
+    "EUR 310", "66.40 €",
 )
 GREETINGS = (
     "Hello,", "Dear Sir or Madam,", "Hi,", "Good morning,", "Dear all,", "Hey,", "Good evening,",

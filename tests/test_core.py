@@ -174,6 +174,16 @@ def test_a_site_without_gradient_is_named() -> None:
     assert esp.dead_sites(model) == ["0/idle"]
 
 
+def test_a_sequential_root_runs_as_before() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), torch.randn(3, 4)
+    expected = model(x)
+    esp.attach(model, esp.LoRA(rank=2), head=False)
+    assert torch.equal(model(x), expected)
+    model(x).sum().backward()
+    esp.detach(model, "default")
+    assert len(model) == 3
+
+
 def test_the_optimiser_sees_one_tensor_per_kind() -> None:
     model = BERT.make()
     esp.attach(model, esp.LoRA(bias="lora_only"))

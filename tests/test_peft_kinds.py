@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -40,6 +41,13 @@ def tagger() -> nn.Module:
     return seeded(tf.BertForTokenClassification, tf.BertConfig)
 
 
+def distilled() -> nn.Module:
+    """A DistilBERT that labels words: its config has names of its own."""
+    return seeded(
+        tf.DistilBertForTokenClassification, tf.DistilBertConfig, n_layers=2, hidden_dim=40
+    )
+
+
 def reader() -> nn.Module:
     """A RoBERTa whose head has several layers."""
     return seeded(tf.RobertaForSequenceClassification, tf.RobertaConfig)
@@ -48,6 +56,7 @@ def reader() -> nn.Module:
 MORE = {
     "judge": Case("judge", judge, BY_NAME["bert"].batch, True),
     "tagger": Case("tagger", tagger, BY_NAME["bert"].batch, True),
+    "distilled": Case("distilled", distilled, BY_NAME["bert"].batch, True),
     "reader": Case("reader", reader, BY_NAME["bert"].batch, True),
 }
 
@@ -68,7 +77,7 @@ def shaken(model: nn.Module, trained: list[nn.Parameter]) -> nn.Module:
     return model.eval()
 
 
-def theirs(case: Case, config: peft.PeftConfig) -> nn.Module:
+def theirs(case: Case, config: peft.PeftConfig) -> Any:
     """A peft model with numbers that are not those of the start."""
     model = peft.get_peft_model(case.make(), config)
     return shaken(model, [p for p in model.parameters() if p.requires_grad])
@@ -93,7 +102,7 @@ def check_equal(there: Tensor, here: Tensor, base: Tensor) -> None:
     assert torch.allclose(text_only(there, here), here, rtol=0, atol=min(1e-5, change / 20))
 
 
-def check_read(case: Case, other: nn.Module, folder: Path) -> nn.Module:
+def check_read(case: Case, other: Any, folder: Path) -> nn.Module:
     """What peft saved gives the same here; returns our model."""
     other.save_pretrained(folder)
     model, batch = case.make(), asked(case)
@@ -205,7 +214,10 @@ def test_their_p_tuning_is_read_as_the_prompt_that_it_made(encoder: str, tmp_pat
     assert "PromptTuning(length=4)" in str(model.get_submodule("espalier.@mine").recipe)
 
 
-@pytest.mark.parametrize("case", [*WRITERS, MORE["judge"], MORE["tagger"]], ids=lambda c: c.name)
+HEADED = [MORE[name] for name in ("judge", "tagger", "distilled")]
+
+
+@pytest.mark.parametrize("case", [*WRITERS, *HEADED], ids=lambda case: case.name)
 def test_our_prompt_there(case: Case, tmp_path: Path) -> None:
     config = check_written(case, ours(case, "PromptTuning(length=4)"), tmp_path, "PROMPT_TUNING")
     assert (config["num_virtual_tokens"], config["token_dim"]) == (4, 24)
@@ -217,11 +229,13 @@ def test_our_p_tuning_goes_there_as_its_rows(recipe: str, tmp_path: Path) -> Non
     check_written(case, ours(case, recipe), tmp_path, "PROMPT_TUNING")
 
 
-def test_generation_goes_on_from_a_prompt_alike(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["PromptTuning(length=4)", "PTuningV2(length=4)"])
+def test_generation_goes_on_alike(recipe: str, tmp_path: Path) -> None:
     case = BY_NAME["llama"]
-    model, ids = ours(case, "PromptTuning(length=4)"), case.batch()["input_ids"]
+    model: Any = ours(case, recipe)
+    ids = case.batch()["input_ids"]
     esp.save(model, "mine", tmp_path, format="peft")
-    other = peft.PeftModel.from_pretrained(case.make(), str(tmp_path)).eval()
+    other: Any = peft.PeftModel.from_pretrained(case.make(), str(tmp_path)).eval()
     how = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     assert torch.equal(other.generate(input_ids=ids, **how), model.generate(ids, **how))
 
@@ -243,6 +257,22 @@ def test_what_is_no_prompt_of_theirs_is_not_written(
     with pytest.raises(CheckpointError, match=named):
         esp.save(model, "mine", tmp_path, format="peft")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_scale_that_only_the_text_of_ours_gets_is_refused(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        sides = {"encoder_layers": 2, "decoder_layers": 2, "scale_embedding": True}
+        return seeded(
+            tf.PegasusForConditionalGeneration,
+            tf.PegasusConfig,
+            **{**sides, "d_model": 24, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40},
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+        )
+
+    model = ours(Case("scaled", make, BY_NAME["t5"].batch, False), "PromptTuning(length=4)")
+    with pytest.raises(CheckpointError, match="without the scale that Pegasus"):
+        esp.save(model, "mine", tmp_path, format="peft")
 
 
 def test_a_prompt_before_a_pooled_token_is_not_read(tmp_path: Path) -> None:

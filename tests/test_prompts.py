@@ -514,6 +514,19 @@ def test_rows_start_from_given_words() -> None:
     close(found[1], table(torch.tensor([8, 9])).mean(0).detach())
 
 
+def test_words_are_typed_as_they_are() -> None:
+    from espalier.commands.flags import method_settings
+
+    typed = ["--init", "text", "--length", "3", "--text", "Mood: good"]
+    (found,) = method_settings(typed, "PromptTuning()")
+    assert (found["text"], found["length"]) == ("Mood: good", 3)
+    (found,) = method_settings(["--init", "text", "--text", "[7, 8]"], "PromptTuning()")
+    assert found["text"] == [7, 8]
+    typed = ["--init", "labels", "--labels", "[good, bad]", "--template", "[1, 0, 2]"]
+    (found,) = method_settings(typed, "PromptTuning()")
+    assert (found["labels"], found["template"]) == (["good", "bad"], [1, 0, 2])
+
+
 def test_words_are_found_by_the_models_own_tokenizer(tmp_path: Path) -> None:
     from tiny_runs import bert as with_words
     from tiny_runs import tokenizer

@@ -60,7 +60,7 @@ def calibrate(
 @contextmanager
 def _bare(model: nn.Module, name: str, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """The model in evaluation mode without the adapter, with gradients for base parameters."""
-    before, training = active(model), model.training
+    before, modes = active(model), [(m, m.training) for m in model.modules()]
     activate(model, {other: weight for other, weight in before.items() if other != name})
     model.eval()
     held = list(parameters)
@@ -71,7 +71,8 @@ def _bare(model: nn.Module, name: str, parameters: Iterable[nn.Parameter]) -> It
     finally:
         for parameter in held:
             parameter.requires_grad_(False)
-        model.train(training)
+        for module, mode in modes:
+            module.training = mode
         activate(model, before)
 
 

@@ -40,15 +40,18 @@ def merge(
         raise AdapterError("no adapter is active; name the one to merge")
     folds = _collect(graft, live)
     modules = base_modules(model)
-    _refuse(folds, untie)
+    parted = _parted(modules, folds)
+    _refuse(folds, parted, untie)
     before, graft.live = graft.live, ()
     graft.refresh()
     undo: list[hosts.Undo] = []
     try:
         found = {path: _stand_ins(modules[path], deltas) for path, deltas in folds.items()}
         for path, deltas in folds.items():
-            undo += _fold(modules[path], deltas, found[path], untie)
-        if untie and any(delta.site.tied for deltas in folds.values() for delta, _ in deltas):
+            own = {name for at, name in parted if at == path}
+            undo += _fold(modules[path], deltas, found[path], own, untie)
+        tied = any(delta.site.tied for deltas in folds.values() for delta, _ in deltas)
+        if untie and (parted or tied):
             undo += hosts.declare_untied(unwrap(model))
     except BaseException:
         for step in reversed(undo):
@@ -88,18 +91,40 @@ def _collect(graft: Graft, live: tuple[tuple[str, float], ...]) -> dict[str, lis
     return folds
 
 
-def _refuse(folds: dict[str, list[Fold]], untie: bool) -> None:
+def _parted(
+    modules: dict[str, nn.Module], folds: dict[str, list[Fold]]
+) -> dict[tuple[str, str], list[str]]:
+    """Parameters with a trained copy that others share without one, and where these are."""
+    copied = {
+        (path, name)
+        for path, deltas in folds.items()
+        for delta, _ in deltas
+        for name in delta.parameters
+    }
+    ends = {key: hosts.parameter(modules[key[0]], key[1]) for key in copied}
+    shared: dict[int, list[str]] = {id(p): [] for p in ends.values()}
+    for path, module in modules.items():
+        for name, p in module._parameters.items():
+            if id(p) in shared and (path, name) not in copied:
+                shared[id(p)].append(path)
+    return {key: shared[id(p)] for key, p in ends.items() if shared[id(p)]}
+
+
+def _refuse(
+    folds: dict[str, list[Fold]], parted: dict[tuple[str, str], list[str]], untie: bool
+) -> None:
     """Raise for whatever cannot be merged, before anything is touched."""
+    tied = {path: others for (path, _), others in parted.items()}
     for path, deltas in folds.items():
         for delta, _ in deltas:
             if not delta.mergeable:
                 raise AdapterError(f"{type(delta).__name__} at {path} cannot be merged")
-            if delta.replaces:
-                continue
-            hosts.refuse_quantised(delta.site)
-            if delta.site.tied and not untie:
+            others = tied.get(path, ()) if delta.replaces else delta.site.tied
+            if not delta.replaces:
+                hosts.refuse_quantised(delta.site)
+            if others and not untie:
                 raise AdapterError(
-                    f"{path} shares its weight with {', '.join(delta.site.tied)}: merging would "
+                    f"{path} shares its weight with {', '.join(others)}: merging would "
                     "change both. Merge with untie=True to give it a copy of its own"
                 )
 
@@ -114,8 +139,12 @@ def _stand_ins(host: nn.Module, deltas: list[Fold]) -> Tensors:
     return found
 
 
-def _fold(host: nn.Module, deltas: list[Fold], found: Tensors, untie: bool) -> list[hosts.Undo]:
-    undo = [hosts.put(host, name, value.clone()) for name, value in found.items()]
+def _fold(
+    host: nn.Module, deltas: list[Fold], found: Tensors, own: set[str], untie: bool
+) -> list[hosts.Undo]:
+    undo = [
+        hosts.put(host, name, value.clone(), own=name in own) for name, value in found.items()
+    ]
     changes = _in_effect([(d, weight) for d, weight in deltas if not d.replaces])
     if not changes:
         return undo

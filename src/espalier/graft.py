@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,16 @@ from espalier.errors import AdapterError, nearest
 from espalier.modules import base_modules, unwrap
 from espalier.places import CHILD, Sites, sites
 from espalier.prompts import Prompts
+from espalier.routes import encoders, names
 from espalier.seat import Seat
+
+
+class Teller(NamedTuple):
+    """A module whose deltas are told what it is given; `takes` names its arguments."""
+
+    module: nn.Module
+    takes: tuple[str, ...]
+    stack: str | None  # None for the root, with all stacks
 
 
 class Graft(nn.Module):
@@ -38,6 +47,7 @@ class Graft(nn.Module):
         stand_ins: For each adapter the (module, delta) pairs that replace parameters in place.
         skipped: In how many of the lowest layers each adapter does not act.
         merged: What undoes a merge, and the adapters that were live before it.
+        tellers: The root, and encoders that are also called without it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -51,6 +61,10 @@ class Graft(nn.Module):
         self.skipped: dict[str, int] = {}
         self.merged: tuple[list[Callable[[], None]], tuple[tuple[str, float], ...]] | None = None
         self.places: Sites = sites(model)
+        self.tellers = [Teller(model, names(model), None)]
+        for stack, path in encoders(model, self.places).items():
+            module = model.get_submodule(path)
+            self.tellers.append(Teller(module, names(module), stack))
         self.thawed = [name for name, p in model.named_parameters() if p.requires_grad]
         self._shadows: list[tuple[nn.Module, str]] = []
         self._stale = False
@@ -59,9 +73,9 @@ class Graft(nn.Module):
         live = ", ".join(n if w == 1 else f"{w:g}·{n}" for n, w in self.live) or "none"
         return f"Graft(adapters={list(self.adapters)}, active={live})"
 
-    def add(self, model: nn.Module, adapter: Adapter) -> None:
-        """Register an adapter and give each of its deltas its place."""
-        self.place(model, adapter)
+    def add(self, model: nn.Module, adapter: Adapter, skipped: int = 0) -> None:
+        """Register an adapter and give each of its deltas its place, as `place` does."""
+        self.place(model, adapter, skipped)
         self.adapters[adapter.name] = adapter
         self.add_module(_key(adapter.name), adapter)
         adapter.refresh = self.refresh
@@ -156,13 +170,23 @@ class Graft(nn.Module):
                 "an adapter is merged into this model; call esp.unmerge(model) first"
             )
 
-    def before(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Runs before the model's forward.
+    def listen(self) -> None:
+        """Be told before the model's forward passes, and its encoders'."""
+        for teller in self.tellers:
+            teller.module.register_forward_pre_hook(self.before, with_kwargs=True)
+
+    def leave(self) -> None:
+        """Undo `listen`."""
+        for module, _, _ in self.tellers:
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if getattr(hook, "__self__", None) is self:
+                    del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Runs before the forward of the model, and of each encoder.
 
         Follows buffers that were moved, replaced or frozen, and tells the deltas that mind it what
-        the model was given.
+        their stack is given.
         """
         if not torch.compiler.is_compiling():
             for name, _weight in self.live:
@@ -171,10 +195,15 @@ class Graft(nn.Module):
                 self.refresh()
         told = [d for name, _ in self.live for d in self.adapters[name].told]
         if told:
-            batch = _batch(kwargs, model.training)
+            _, takes, stack = next(t for t in self.tellers if t.module is module)
+            batch = _batch({**dict(zip(takes, args, strict=False)), **kwargs}, module.training)
             for delta in told:
-                delta.begin(batch)
-        return None
+                if stack in (None, delta.site.stack):
+                    delta.begin(batch)
+
+    def forward(self, x: Any) -> Any:
+        """What is given: a Sequential root calls every child in turn, this one last."""
+        return x
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graft:
         copy = self.__new__(type(self))
@@ -195,10 +224,10 @@ def _direct(delta: Delta, host: nn.Module) -> bool:
     )
 
 
-def _batch(kwargs: dict[str, Any], training: bool) -> Batch:
-    cache = kwargs.get("past_key_values")
+def _batch(given: dict[str, Any], training: bool) -> Batch:
+    cache = given.get("past_key_values")
     continuing = cache is not None and bool(cache.get_seq_length())
-    mask, decoder_mask = kwargs.get("attention_mask"), kwargs.get("decoder_attention_mask")
+    mask, decoder_mask = given.get("attention_mask"), given.get("decoder_attention_mask")
     return Batch(mask, decoder_mask, continuing, training)
 
 

@@ -52,7 +52,6 @@ class Prompts:
         self.stack = modules[self.route.stack]
         self.names = names(self.stack)
         self.read = names(modules[self.route.reader]) if self.route.reader is not None else ()
-        self.table = modules[self.route.door]
         self.limit = positions(model, modules, places, self.route.stack)
         self.filler, self.separators = _ids_of(model)
         self.live: tuple[Delta, ...] = ()  # while the stack runs
@@ -77,10 +76,8 @@ class Prompts:
         """Take everything off the model that the first prompt put there."""
         for path in self.arounds:
             self.graft.seats[path].around = None
-        if (
-            isinstance(own := self.model.__dict__.get(_PREPARE), partial)
-            and own.func == self.prepare
-        ):
+        own = self.model.__dict__.get(_PREPARE)
+        if isinstance(own, partial) and own.func == self.prepare:
             del self.model.__dict__[_PREPARE]
 
     @property

@@ -71,7 +71,7 @@ def gates(model: nn.Module, batches: Iterable[Mapping[str, Any]], name: str | No
         name: The adapter, if several are active.
 
     Raises:
-        AdapterError: The adapter has no gates, or no batch was given.
+        AdapterError: The adapter has no gates, or some were not used, or no batch was given.
     """
     live = [name] if name is not None else [n for n, _ in find(model).live]
     gated = [pair for one in live for pair in _gated(get(model, one))]
@@ -80,12 +80,17 @@ def gates(model: nn.Module, batches: Iterable[Mapping[str, Any]], name: str | No
     sums: dict[int, Tensor] = {}
     count = 0
     for batch in batches:
+        for delta, _ in gated:
+            delta.value = None  # of an earlier pass
         with torch.no_grad():
             unwrap(model)(**batch)
         rows = 0
         for delta, _ in gated:
             if delta.value is None:
-                raise AdapterError(f"the gate at {delta.site.path} was not used in this batch")
+                raise AdapterError(
+                    f"the gate at {delta.site.path} was not used in this batch; is its adapter "
+                    "active, and does its layer act?"
+                )
             rows = len(delta.value)
             total = delta.value.float().flatten(1).mean(1).sum()
             sums[id(delta)] = sums.get(id(delta), total.new_zeros(())) + total

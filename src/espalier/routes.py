@@ -99,6 +99,19 @@ def _reader(modules: Mapping[str, nn.Module], places: Sites, site: Site) -> str 
     return reader
 
 
+def encoders(model: nn.Module, places: Sites) -> dict[str, str]:
+    """Path by name of each stack beside a decoder's: `generate` calls an encoder by itself."""
+    blocks: dict[str, list[str]] = {}
+    for site in places.whole:
+        if site.role == "block":
+            blocks.setdefault(site.stack, []).append(site.path)
+    if blocks.pop("decoder", None) is None:
+        return {}
+    modules = base_modules(model)
+    found = {stack: _around(modules, paths) for stack, paths in blocks.items()}
+    return {stack: path for stack, path in found.items() if path}
+
+
 def _around(modules: Mapping[str, nn.Module], paths: Iterable[str]) -> str:
     """The innermost module that can be called and holds all of these."""
     split = [path.split(".")[:-1] for path in paths]

@@ -59,7 +59,7 @@ class Spread(NamedTuple):
 
 def _like(index: Tensor, x: Tensor, rows: int) -> Tensor:
     """An index (B, n) into places as one into x (B, W, …): (rows, n, …)."""
-    flat = index.view(*index.shape, *[1] * (x.dim() - 2))
+    flat = index.to(x.device).view(*index.shape, *[1] * (x.dim() - 2))
     return flat.expand(rows, -1, *x.shape[2:])
 
 

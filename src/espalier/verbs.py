@@ -78,7 +78,7 @@ def install(model: nn.Module, graft: Graft, adapter: Adapter) -> None:
     model = unwrap(model)
     if CHILD not in model._modules:
         model.add_module(CHILD, graft)
-        model.register_forward_pre_hook(graft.before, with_kwargs=True)
+        graft.listen()
     graft.add(model, adapter)
     prefix = CHILD + "."
     for path, parameter in model.named_parameters():
@@ -151,8 +151,9 @@ def activate(model: nn.Module, choice: Choice) -> None:
             task head is taken whole.
 
     Raises:
-        AdapterError: An unknown name; a merged adapter; two adapters that both replace one tensor;
-            a weight below 0 for an adapter that brings keys.
+        AdapterError: An unknown name, or one given twice; a merged adapter; two adapters that both
+            replace one tensor; a weight below 0 for an adapter that brings keys, or other than 1
+            for one that brings words or trained copies of the base's own parameters.
     """
     live = resolve(model, choice)
     graft = find(model)
@@ -171,6 +172,9 @@ def resolve(model: nn.Module, choice: Choice) -> tuple[tuple[str, float], ...]:
         choice.items() if isinstance(choice, Mapping) else ((name, 1.0) for name in choice or ())
     )
     live = tuple((name, float(weight)) for name, weight in pairs)
+    names = [name for name, _ in live]
+    if double := next((name for name in names if names.count(name) > 1), None):
+        raise AdapterError(f"{double!r} is named twice; an adapter acts once, or with a weight")
     owner: dict[tuple[str, str], str] = {}
     for name, weight in live:
         adapter = get(model, name)
@@ -183,6 +187,12 @@ def resolve(model: nn.Module, choice: Choice) -> tuple[tuple[str, float], ...]:
             raise AdapterError(
                 f"{name!r} puts words before the text, which are there or not: its weight must be "
                 f"1, not {weight:g}"
+            )
+        copies = (d for d in adapter.deltas if d.replaces and d.site.path not in adapter.head)
+        if weight != 1 and (copy := next(copies, None)):
+            raise AdapterError(
+                f"{name!r} trains {copy.site.path} itself, which is taken whole or not at all: its "
+                f"weight must be 1, not {weight:g}"
             )
         for delta in adapter.deltas if len(live) > 1 else ():
             for key in delta.parameters:
@@ -226,9 +236,7 @@ def detach(model: nn.Module, name: str) -> None:
         return
     model = unwrap(model)
     del model._modules[CHILD]
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if getattr(hook, "__self__", None) is graft:
-            del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
+    graft.leave()
     thawed = set(graft.thawed)
     for path, parameter in model.named_parameters():
         parameter.requires_grad = path in thawed
@@ -257,9 +265,9 @@ def to_plain(model: nn.Module, name: str) -> bool:
             for key, value in old.plain(old.t).items():
                 new.t[key].copy_(value)
     served.requires_grad_(any(p.requires_grad for p in rich.parameters()))
-    live, graft.live = graft.live, ()
+    live, graft.live, skipped = graft.live, (), graft.skipped[name]
     graft.remove(name)
-    graft.add(unwrap(model), served)
+    graft.add(unwrap(model), served, skipped)
     served.sync()
     graft.live = live
     graft.refresh()

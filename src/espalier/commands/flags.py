@@ -194,7 +194,8 @@ def _value(text: str, kind: Any) -> Any:
             return float(text)
     except (yaml.YAMLError, ValueError):
         return text
-    return value
+    words = str in kinds and float not in kinds  # a text, or a list of numbers or texts
+    return text if words and not isinstance(value, list) else value
 
 
 def unknown_flag(name: str, methods: Sequence[type[Method]]) -> str:

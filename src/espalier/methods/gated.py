@@ -59,4 +59,9 @@ class Gated(Method):
                     f"Gated({type(self.part).__name__}): {delta.site.path} is not changed by "
                     "adding something, so there is nothing to gate; leave the gate out"
                 )
+            if delta.site.kind in ("embedding", "conv2d"):
+                raise SiteError(
+                    f"Gated({type(self.part).__name__}): a gate reads states of tokens, which "
+                    f"{delta.site.path}, a {delta.site.kind}, is not given; leave the gate out"
+                )
         return [GatedDelta(delta, self.over) for delta in found]

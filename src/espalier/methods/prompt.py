@@ -4,7 +4,8 @@
 
 P stands before the text, after left padding, of an encoder-decoder before the encoder's. What the
 model gives is for the text's own tokens: heads pool the token that they pool without a prompt, and
-labels stay as they are. The text's positions move up by L, and it has L tokens less of room.
+labels stay as they are (nothing in P predicts a word, so the first word of a text is predicted by
+none, as without P). The text's positions move up by L, and it has L tokens less of room.
 
 Rows start as frequent words do (of the 5,000 lowest ids, specials left out), which at moderate
 scale trains better than random rows; the paper finds class labels best. A fresh prompt changes the
@@ -69,9 +70,9 @@ class PromptTuning(Method):
         check(self, "labels", isinstance(self.labels, Sequence), "a list of texts or of token ids")
         object.__setattr__(self, "text", _words(self.text))
         object.__setattr__(self, "labels", tuple(map(_words, self.labels)))
-        check(self, "labels", len(self.labels) <= self.length, f"at most {self.length} of them")
         object.__setattr__(self, "template", tuple(self.template))
         check(self, "template", is_template(self.template), "three numbers, as in (3, 3, 3)")
+        check(self, "labels", len(self.labels) <= self.words, f"at most {self.words} of them")
 
     @property
     def identity(self) -> bool:

@@ -24,6 +24,7 @@ class GatedDelta(Delta):
         self.part = part
         self.watches = part.watches or self.watches  # the gate reads what enters in any case
         self.attends, self.reads_host = part.attends, part.reads_host
+        self.gates, self.idle = part.gates, part.idle
         causal = part.site.stack == "decoder"
         self.over = over if over != "auto" else "token" if causal else "sequence"
         self.batch = Batch(None, None, False, False)
@@ -48,6 +49,7 @@ class GatedDelta(Delta):
         self.part.seen = self.seen
         gate = self._gate(t, self.part.gate_input(x, y))
         if self.part.gates:
+            gate = gate * t["gate"] if "gate" in t else gate  # an adapter's weight
             return self.part.after({**t, "gate": gate}, x, y, training)
         return y + gate * (self.part.after(t, x, y, training) - y)
 

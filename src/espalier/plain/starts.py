@@ -29,7 +29,7 @@ def gaussian(a: Tensor) -> None:
 
 def orthogonal(a: Tensor) -> None:
     """Orthonormal rows."""
-    init.orthogonal_(a)
+    a.copy_(init.orthogonal_(torch.empty_like(a, dtype=torch.float32)))  # not made in bf16
 
 
 # What A starts as where B starts at zero.

@@ -66,7 +66,11 @@ def _write(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Any], dict[str
                 "Save it in Espalier's own format"
             )
     rows = torch.cat([numbers(delta)["prompt"] for delta in changes])
+    own: Any = model.config
     config = {
+        # Peft asks for these also where, as here, it has no use for them.
+        "num_attention_heads": getattr(own, "num_attention_heads", 1),
+        "num_layers": getattr(own, "num_hidden_layers", 1),
         "num_transformer_submodules": 1,
         "num_virtual_tokens": len(rows),
         "prompt_tuning_init": "RANDOM",
@@ -78,10 +82,13 @@ def _write(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Any], dict[str
 def _refuse_others(model: nn.Module, delta: Delta) -> None:
     """Raise CheckpointError where a prompt acts in another way, or not at all, in peft's models."""
     task, name = task_of(model), type(model).__name__
+    way = route(model, sites(model), delta)
     why = ""
     if delta.site.kind != "embedding" or task is None:
         why = f"peft lets prompts act in models of its tasks, of which {name} is none"
-    elif (task == "SEQ_2_SEQ_LM") != (route(model, sites(model), delta).reader is not None):
+    elif getattr(base_modules(model)[way.stack], "embed_scale", 1) != 1:
+        why = f"peft embeds the text itself, without the scale that {name} gives its words"
+    elif (task == "SEQ_2_SEQ_LM") != (way.reader is not None):
         why = f"peft's {task} does not take prompts to {name} as its encoder and decoder need"
     elif task == "SEQ_CLS" and delta.site.stack != "decoder":
         why = f"peft's {name} pools the first of its virtual tokens, ours the text's first token"

@@ -92,7 +92,10 @@ class Whole:
         refuse_strangers(self.foreign, model, modules, names)
 
     def drop_unchanged(self, modules: Mapping[str, nn.Module]) -> None:
-        """Set aside copies of the base's own tables, which peft saves beside adapted embeddings."""
+        """Set aside copies of the base's own tables, which peft saves beside adapted embeddings.
+
+        Modules that the settings ask for stay.
+        """
         file = self.foreign.file
         for name, key in list(self.keys.items()):
             path, _, last = name.rpartition(".")
