@@ -54,7 +54,7 @@ class ParallelAdapter(Method):
         sites: Where: "ffn", "attention", "cross", "block" or single layers.
     """
 
-    learning_rate: ClassVar[float] = 1e-4
+    learning_rate: ClassVar[float] = 5e-4
 
     bottleneck: int = 512
     scale: float | str = 4.0
