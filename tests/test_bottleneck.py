@@ -57,7 +57,8 @@ def adapted(make: Callable[[], nn.Module], recipe: str, name: str = "a", std: fl
 def numbers(model: nn.Module, site: str, name: str = "a") -> dict[str, Tensor]:
     """The adapter's numbers at one site, by their own names."""
     found = {label.partition("/")[2]: t for label, t in get(model, name).named()}
-    return {k.rpartition("/")[2]: t for k, t in found.items() if k.rpartition("/")[0] == site}
+    at = {k: k.rpartition("/")[0].partition(":")[0] for k in found}
+    return {k.rpartition("/")[2]: t for k, t in found.items() if at[k] == site}
 
 
 def branch(

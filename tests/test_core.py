@@ -100,6 +100,18 @@ def test_two_heads_cannot_act_at_once() -> None:
     assert esp.active(model) == {"spam": 1.0}
 
 
+def test_an_adapter_acts_once_and_trained_copies_act_whole() -> None:
+    model = BERT.make()
+    esp.attach(model, esp.LoRA(rank=2), "mine")
+    with pytest.raises(AdapterError, match="'mine' is named twice"):
+        esp.activate(model, ["mine", "mine"])
+    esp.activate(model, {"mine": 0.5})  # the head beside it is taken whole
+    esp.attach(model, esp.BitFit(), "biases")
+    with pytest.raises(AdapterError, match=r"its weight must be 1, not 0\.5"):
+        esp.activate(model, {"biases": 0.5})
+    assert esp.active(model) == {"biases": 1.0}
+
+
 def test_unknown_doubled_and_merged_adapters_are_named() -> None:
     model = BERT.make()
     with pytest.raises(AdapterError, match="no adapters"):
@@ -373,6 +385,23 @@ def test_tied_embeddings_are_refused_or_untied() -> None:
     esp.unmerge(model)
     assert torch.equal(logits(model, batch), expected)
     assert model.config.tie_word_embeddings is True
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_merging_a_copy_of_one_end_of_a_tied_weight_leaves_the_other_end() -> None:
+    model, batch = GPT2.make(), GPT2.batch()
+    esp.attach(model, esp.LoRA(rank=2, sites="ffn.out"), head=["lm_head"])
+    randomise(model)
+    expected = logits(model, batch)
+    with pytest.raises(AdapterError, match=r"lm_head shares its weight with transformer\.wte"):
+        esp.merge(model)
+    assert torch.equal(logits(model, batch), expected)
+    esp.merge(model, untie=True)
+    assert torch.allclose(logits(model, batch), expected, atol=1e-5)
+    assert model.config.tie_word_embeddings is False
+    esp.unmerge(model)
+    assert torch.equal(logits(model, batch), expected)
+    esp.detach(model, "default")
     assert model.lm_head.weight is model.transformer.wte.weight
 
 

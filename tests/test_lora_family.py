@@ -673,3 +673,10 @@ def test_recipes_survive_text_and_json(recipe: str) -> None:
     parts = esp.recipe(recipe)
     assert esp.recipe(str(parts)) == parts
     assert esp.recipe(json.loads(json.dumps(parts.to_json()))) == parts
+
+
+def test_orthogonal_rows_start_also_where_numbers_are_bf16() -> None:
+    model = BY_NAME["bert"].make().bfloat16()
+    esp.attach(model, esp.LoRA(rank=2, init="orthogonal"), dtype=torch.bfloat16)
+    a = next(v for label, v in model.get_submodule("espalier.@default").named() if "/a" in label)
+    assert torch.allclose((a @ a.T).float(), torch.eye(2), atol=1e-2)

@@ -273,7 +273,11 @@ def test_the_highest_fisher_information_is_chosen_example_by_example() -> None:
     model, batch = BERT.make(), BERT.batch()
     single = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(3)]
     esp.attach(model, esp.PartialTuning(sites="attention.*, ffn.*", mask="fisher", share=0.01))
+    model.train().bert.eval()
     esp.calibrate(model, "default", single)
+    assert model.training  # as it was, module by module
+    assert not model.bert.training
+    model.eval()
     dense = BERT.make()
     inner = [p for n, p in dense.named_parameters() if n in trained(model)]
     squares = torch.zeros_like(row(inner))

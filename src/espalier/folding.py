@@ -142,9 +142,7 @@ def _stand_ins(host: nn.Module, deltas: list[Fold]) -> Tensors:
 def _fold(
     host: nn.Module, deltas: list[Fold], found: Tensors, own: set[str], untie: bool
 ) -> list[hosts.Undo]:
-    undo = [
-        hosts.put(host, name, value.clone(), own=name in own) for name, value in found.items()
-    ]
+    undo = [hosts.put(host, name, value.clone(), own=name in own) for name, value in found.items()]
     changes = _in_effect([(d, weight) for d, weight in deltas if not d.replaces])
     if not changes:
         return undo
