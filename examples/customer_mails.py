@@ -19,8 +19,11 @@ from typing import Any
 import customer_phrases as phrases
 
 KINDS = {"complaint": 0.5, "enquiry": 0.3, "thanks": 0.15}  # and how urgent they are as such
-CALM = ((), (0.0,), (-0.2,), (0.0, -0.2))  # what other sentences may add to it
-PRESSING = ((0.3,), (0.2,), (0.2, 0.3), (0.0, 0.3), (0.2, 0.0))
+MOODS = {
+    "complaint": (0.4, 0.2, 0.0, -0.2),
+    "enquiry": (0.4, 0.2, 0.0, -0.2),
+    "thanks": (0.0, -0.2),
+}
 GAPS = {"item": phrases.ITEMS, "price": phrases.PRICES, "order": phrases.ORDERS}
 MARKS = {"9": "0123456789", "A": "ABCDEFGHKLMNPRSTX"}  # what may stand for them in a number
 
@@ -50,13 +53,13 @@ class Writer:
         self.draw = random.Random(f"{split} {seed}")
 
     def mail(self) -> dict[str, Any]:
-        """One mail: greeting, what it is about, up to two sentences more, signature; slips."""
+        """One mail: greeting, what it is about, how much it presses, signature; with slips."""
         draw = self.draw
         kind = draw.choices(list(KINDS), (4, 3, 3))[0]
-        cues = draw.choice(CALM if kind == "thanks" else CALM + PRESSING)
-        words = self.sentence(self.one(phrases.SENTENCES[kind]))
-        for cue in cues:
-            words += self.sentence(self.one(phrases.CUES[cue]))
+        mood = draw.choice(MOODS[kind])
+        body = draw.sample(self.own(phrases.SENTENCES[kind]), draw.choice((1, 2)))
+        body += draw.sample(self.own(phrases.CUES[mood]), draw.choice((1, 2)))
+        words = [word for template in body for word in self.sentence(template)]
         if draw.random() < 0.8:
             words = self.sentence(self.one(phrases.GREETINGS)) + words
         if draw.random() < 0.8:
@@ -64,7 +67,7 @@ class Writer:
         if draw.random() < 0.3:
             words += self.sentence(self.number("Tel. 0999 999999"))
         tokens, tags = self.slips(words), [tag for _, tag in words]
-        urgency = KINDS[kind] + sum(cues) + draw.gauss(0, 0.04)
+        urgency = KINDS[kind] + mood + draw.gauss(0, 0.04)
         return {
             "text": " ".join(tokens),
             "tokens": tokens,

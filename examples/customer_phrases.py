@@ -76,7 +76,7 @@ SENTENCES = {
     ),
 }
 CUES = {  # sentences by what they add to the urgency of a mail
-    0.3: (
+    0.4: (
         "I need it by Friday.", "Please answer today.", "It is a present for tomorrow.",
         "We leave on holiday in the morning.", "This cannot wait.",
         "My guests arrive tonight.", "I need a solution at once.", "The wedding is in two days.",
@@ -85,6 +85,10 @@ CUES = {  # sentences by what they add to the urgency of a mail
         "I need an answer within the hour.", "My train leaves in three hours.",
         "As fast as you can, please!", "Tomorrow will be too late.", "Every day counts.",
         "The party is on Saturday, so be quick.", "Please deal with it immediately.",
+        "I have to leave the country tonight.", "Only two hours are left.", "Hurry up, please.",
+        "It must be settled by the end of the day.", "The deadline is this afternoon.",
+        "I need help straight away.", "Reply as soon as you read this.", "It is very urgent.",
+        "The children's birthday is on Sunday.", "There is not a minute to lose.",
     ),
     0.2: (
         "This is the third time I write.", "Nobody has replied to my last mail.",
@@ -97,6 +101,11 @@ CUES = {  # sentences by what they add to the urgency of a mail
         "I am tired of waiting for you.", "Again no answer from you.",
         "How often do I have to ask?", "I shall write to the newspaper about you.",
         "Last time you promised to call and did not.", "I have been waiting for weeks now.",
+        "My letters remain without an answer.", "This has been going on since spring.",
+        "I have complained about it before.", "Do you even read your mails?",
+        "The hotline hung up on me again.", "I was told to wait and nothing came of it.",
+        "You never called back.", "Next time you hear from my lawyer.",
+        "I have reminded you over and over.", "For days I have been trying to reach you.",
     ),
     -0.2: (
         "There is no hurry.", "Answer whenever you have time.", "It is not important.",
@@ -107,6 +116,10 @@ CUES = {  # sentences by what they add to the urgency of a mail
         "There is plenty of time.", "No rush from my side.",
         "I do not mind waiting.", "Later is fine too.", "It does not matter when.",
         "Please do not hurry because of me.", "An answer next week will do.",
+        "You can leave it for later.", "I have all the time in the world.", "It is a small thing.",
+        "Whenever it is convenient for you.", "Do not worry about being quick.",
+        "I am not waiting for it.", "This has low priority.", "A reply in a month is enough.",
+        "Please take your time.", "I only ask out of curiosity.",
     ),
     0.0: (
         "I have been a customer for years.", "I saw your shop in a magazine.",
@@ -115,6 +128,8 @@ CUES = {  # sentences by what they add to the urgency of a mail
         "I use your website now and then.", "I also have your catalogue here.",
         "My husband set up the account.", "We have a small garden.", "I am 82 years old.",
         "It was my first order with you.", "I usually buy in town.", "We moved here in spring.",
+        "I found you through a friend.", "My dog likes the box.", "I ordered from my tablet.",
+        "You have a shop in our street.", "I work in an office nearby.",
     ),
 }
 PROBLEMS = (

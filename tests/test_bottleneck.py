@@ -85,7 +85,7 @@ def test_agrees_with_the_adapters_library(case: tuple[str, list[float]]) -> None
         esp.attach(model, reference.RECIPES[config], name)
         for label, values in get(model, name).named():
             path, _, leaf = label.rpartition("/")
-            found = re.search(r"\.(\d+)(\.|$)", path)
+            found = re.search(r"\.(\d+)([.:]|$)", path)
             place = "attention" if "att" in path else "ffn"
             key = "rule" if leaf == "rule" else f"{found and found[1]}/{place}/{leaf}"
             values.copy_(reference.wave(f"{name}/{key}", tuple(values.shape)))
@@ -456,7 +456,7 @@ def test_robust_training_draws_the_layers_of_a_pass_with_torch() -> None:
         out = model(**batch)
         assert torch.equal(out.logits, expected)
         out.loss.backward()
-        assert esp.dead_sites(model) == (["0/model.layers.0"] if first else [])
+        assert esp.dead_sites(model) == (["0/model.layers.0:block"] if first else [])
         for p in esp.parameters(model):
             p.grad = None
         model.eval()

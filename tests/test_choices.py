@@ -132,7 +132,8 @@ def test_columns_alone_say_it_where_nothing_else_fits() -> None:
     ("change", "message"),
     [
         ({"choices": ["Blue"]}, "need at least two choices"),
-        ({"choices": ["Blue", "Blue"]}, "the same choice twice"),
+        ({"choices": ["Blue", "Blue"]}, "at least two choices that differ"),
+        ({"choices": ["Red", "Blue", "Blue"], "label": 1}, "the right choice 'Blue' stands there"),
         ({"choices": ["Blue", " "]}, "choice 1 is ' ', need a text"),
         ({"choices": ["Blue", 7]}, "choice 1 is 7, need a text"),
         ({"choices": 3}, "a number 3, need a list of texts"),

@@ -91,7 +91,7 @@ def test_bert_attends_to_the_prefix_as_the_formula_says() -> None:
     logits(model, batch)
     handle.remove()
     x, out = seen[0]
-    t, at = numbers(model), "0/bert.encoder.layer.1.attention.output.dense"
+    t, at = numbers(model), "0/bert.encoder.layer.1.attention.output.dense:attention"
     keys, values = (t[f"{at}/{name}"].unflatten(-1, (4, 6)) for name in ("keys", "values"))
     for row in range(len(x)):
         parts = [
@@ -128,7 +128,7 @@ def test_t5_gives_the_prefix_no_position_bias_and_heads_of_their_own_width() -> 
     args, kwargs, (_, bias, *_) = seen[0]
     x = args[0] if args else kwargs["hidden_states"]
     assert bias.shape == (1, 4, 9, 9)  # what the next layers get has no columns for the prefix
-    t, at = numbers(model), "0/encoder.block.1.layer.0.SelfAttention.o"
+    t, at = numbers(model), "0/encoder.block.1.layer.0.SelfAttention.o:attention"
     keys, values = (t[f"{at}/{name}"].unflatten(-1, (4, 5)) for name in ("keys", "values"))
     parts = [
         F.linear(x[0], getattr(attention, name).weight).unflatten(-1, (4, 5)) for name in "qkv"
@@ -153,7 +153,7 @@ def test_the_cache_of_real_words_as_prefix_gives_what_the_words_give(
     esp.activate(model, None)
     cache = model(ids[:, :FIRST], use_cache=True).past_key_values.layers[1]
     at = esp.sites(model).select("attention@1")[0].path
-    kept = numbers(model)[f"0/{at}/keys"]
+    kept = numbers(model)[f"0/{at}:attention/keys"]
     assert torch.allclose(kept, cache.keys[0].transpose(0, 1).flatten(1), atol=1e-6)
 
 

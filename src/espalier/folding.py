@@ -118,7 +118,10 @@ def _refuse(
     for path, deltas in folds.items():
         for delta, _ in deltas:
             if not delta.mergeable:
-                raise AdapterError(f"{type(delta).__name__} at {path} cannot be merged")
+                raise AdapterError(
+                    f"the change at {path} ({type(delta).__name__}) cannot be merged: it is no "
+                    "change of a weight. Keep the adapter active instead"
+                )
             others = tied.get(path, ()) if delta.replaces else delta.site.tied
             if not delta.replaces:
                 hosts.refuse_quantised(delta.site)

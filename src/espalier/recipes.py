@@ -150,22 +150,50 @@ def recipe(source: object) -> Recipe:
         return source
     if isinstance(source, Method):
         return Recipe((source,))
+    return Recipe.from_json(terms(source))
+
+
+def terms(source: object) -> list[Any]:
+    """The terms of a recipe as JSON data, as they were written: nothing is built or checked yet.
+
+    Raises:
+        SettingError: A text that cannot be read.
+    """
     if isinstance(source, str):
-        return Recipe(tuple(_parse(source)))
-    return Recipe.from_json(source)
+        return list(_parse(source))
+    if isinstance(source, Method | Recipe):
+        source = source.to_json()
+    return list(source) if isinstance(source, list | tuple) else [source]
 
 
-def _parse(text: str) -> Iterable[Method]:
+def maker(term: object) -> Callable[..., Method | Recipe]:
+    """What makes the method, or the named sum, of a term: a class or a function of its settings.
+
+    Raises:
+        SettingError: No method has that name.
+    """
+    if not isinstance(term, Mapping) or "method" not in term:
+        raise SettingError(f"a method is given as {{'method': name, ...}}, not {term!r}")
+    wanted, known = str(term["method"]), {**methods(), **NAMED_SUMS}
+    made = {name.lower(): entry for name, entry in known.items()}.get(wanted.lower())
+    if made is None:
+        raise SettingError(f"no method {wanted!r}; {nearest(wanted, known)}")
+    return made
+
+
+def _parse(text: str) -> Iterable[dict[str, Any]]:
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError:
-        raise SettingError(f"{text!r} is no recipe; write for example 'LoRA(rank=8)'") from None
+        raise SettingError(
+            f"{text!r} is no recipe; write for example 'LoRA(rank=8)' or 'LoRA(rank=8) + IA3()'"
+        ) from None
     terms: list[ast.expr] = []
     while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
         terms.append(tree.right)
         tree = tree.left
     for term in [tree, *reversed(terms)]:
-        yield from _from_mapping(_read_call(term))
+        yield _read_call(term)
 
 
 def _read_call(term: ast.expr) -> dict[str, Any]:
@@ -173,7 +201,8 @@ def _read_call(term: ast.expr) -> dict[str, Any]:
     call = term if isinstance(term, ast.Call) else ast.Call(term, [], [])
     if not isinstance(call.func, ast.Name):
         raise SettingError(
-            f"{ast.unparse(term)!r} is no method; write for example 'LoRA(rank=8, alpha=16)'"
+            f"{ast.unparse(term)!r} is no method; write for example 'LoRA(rank=8, alpha=16)', "
+            "and join several with +"
         )
     name = call.func.id
     settings: dict[str, Any] = {"method": name}
@@ -200,12 +229,8 @@ def _read_call(term: ast.expr) -> dict[str, Any]:
 
 def _from_mapping(item: object) -> tuple[Method, ...]:
     """The method that JSON data describes; the several of a named sum."""
-    if not isinstance(item, Mapping) or "method" not in item:
-        raise SettingError(f"a method is given as {{'method': name, ...}}, not {item!r}")
-    wanted, known = str(item["method"]), {**methods(), **NAMED_SUMS}
-    made = {name.lower(): entry for name, entry in known.items()}.get(wanted.lower())
-    if made is None:
-        raise SettingError(f"no method {wanted!r}; {nearest(wanted, known)}")
+    made = maker(item)
+    assert isinstance(item, Mapping)
     fields = inspect.signature(made).parameters
     settings = {str(key): value for key, value in item.items() if key != "method"}
     for key, value in settings.items():

@@ -263,7 +263,7 @@ def to_plain(model: nn.Module, name: str) -> bool:
     with torch.no_grad():
         for old, new in zip(rich.deltas, served.deltas, strict=True):
             for key, value in old.plain(old.t).items():
-                new.t[key].copy_(value)
+                new.t[key].data.copy_(value)  # the view's own history stays untouched
     served.requires_grad_(any(p.requires_grad for p in rich.parameters()))
     live, graft.live, skipped = graft.live, (), graft.skipped[name]
     graft.remove(name)

@@ -6,19 +6,15 @@ person types stays text here; the objects that own the settings check it.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 import yaml
 
 from espalier.errors import SettingError, nearest
-
-if TYPE_CHECKING:
-    from espalier.recipes import Method
 
 _WIDE = 24  # longer lists of choices stand in the help's text, not in its column
 # The field with which each panel of the help begins.
@@ -139,31 +135,30 @@ def method_settings(words: Sequence[str], method: object) -> list[dict[str, Any]
     Raises:
         SettingError: A flag is no setting of the run or of the method; names the nearest.
     """
-    from espalier.recipes import recipe
+    from espalier.recipes import maker, recipe, terms
 
-    typed = _pairs(words)
-    # A setting that is wrong by itself in the text is reported by `recipe`; those typed are added
-    # before it looks, so that `--method lora --rank 0` is refused for the rank.
-    parts = recipe(method).to_json()
-    classes = [type(m) for m in recipe(method).methods]
-    for name, text in typed.items():
-        at = [i for i, cls in enumerate(classes) if name in fields_of(cls)]
+    # The settings typed are added before anything is built, so that `--method lora --rank 0` is
+    # refused for the rank and `--method spot --source DIR` is whole.
+    parts = [dict(term) if isinstance(term, Mapping) else term for term in terms(method)]
+    makers = [maker(term) for term in parts]
+    for name, text in _pairs(words).items():
+        at = [i for i, made in enumerate(makers) if name in fields_of(made)]
         if not at:
-            raise SettingError(unknown_flag(name, classes))
+            raise SettingError(unknown_flag(name, makers))
         if len(at) > 1:
-            names = " and ".join(classes[i].__name__ for i in at)
+            names = " and ".join(makers[i].__name__ for i in at)
             raise SettingError(
                 f"{names} both have a setting {name}; write it into the method: "
-                f'--method "{classes[at[0]].__name__}({name}={text}) + ..."'
+                f'--method "{makers[at[0]].__name__}({name}={text}) + ..."'
             )
-        parts[at[0]][name] = _value(text, fields_of(classes[at[0]])[name])
+        parts[at[0]][name] = _value(text, fields_of(makers[at[0]])[name])
     return recipe(parts).to_json()
 
 
-def fields_of(method: type[Method]) -> dict[str, Any]:
-    """A method's settings and their types."""
-    hints = get_type_hints(method)
-    return {field.name: hints[field.name] for field in dataclasses.fields(method)}  # type: ignore[arg-type]
+def fields_of(made: Callable[..., Any]) -> dict[str, Any]:
+    """The settings of a method, or of a named sum, and their types."""
+    hints = get_type_hints(made)
+    return {name: hints[name] for name in inspect.signature(made).parameters}
 
 
 def _pairs(words: Sequence[str]) -> dict[str, str]:
@@ -186,6 +181,9 @@ def _pairs(words: Sequence[str]) -> dict[str, str]:
 def _value(text: str, kind: Any) -> Any:
     """Text as the field's type; what does not fit is left for the method to refuse."""
     kinds = set(_members(kind))
+    if get_origin(kind) is tuple and not text.lstrip().startswith(("[", "(")):  # 3,3,3 or yes,no
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        return parts if str in kinds else [yaml.safe_load(part) for part in parts]
     if str in kinds and not kinds & {int, float, bool}:
         return text
     try:
@@ -198,12 +196,13 @@ def _value(text: str, kind: Any) -> Any:
     return text if words and not isinstance(value, list) else value
 
 
-def unknown_flag(name: str, methods: Sequence[type[Method]]) -> str:
+def unknown_flag(name: str, methods: Sequence[Callable[..., Any]]) -> str:
     """One sentence on a flag that nothing takes: the right one, or the nearest."""
     from espalier.training.aliases import ALIASES
     from espalier.training.config import RunConfig
 
-    if name in ALIASES:
+    other = re.match(r"write method: (\w+)\(", ALIASES.get(name, ""))
+    if name in ALIASES and (other is None or other[1] in {cls.__name__ for cls in methods}):
         return f"There is no flag --{name}: {as_flags(ALIASES[name])}."
     of_method = {field for cls in methods for field in fields_of(cls)}
     known = [flag(field) for field in {*RunConfig.model_fields, *of_method}]

@@ -108,5 +108,6 @@ def described(method: object) -> str:
         else:
             value = yaml.safe_dump({name: field.get_default()}, sort_keys=False)
             lines.append(value.strip())
-    taken = [f"{type(m).__name__}: {', '.join(fields_of(type(m)))}" for m in recipe(method).methods]
+    kinds = [type(part) for part in recipe(method).methods]
+    taken = [f"{kind.__name__}: {', '.join(fields_of(kind))}" for kind in kinds]
     return "\n".join([*lines, "", *(f"# {line}" for line in taken)])

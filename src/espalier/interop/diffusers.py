@@ -53,7 +53,7 @@ def write_diffusers(model: nn.Module, adapter: Adapter, folder: Path) -> None:
     if len(deltas) == 0 or len(lows) < len(deltas) or any(d.replaces for d in adapter.deltas):
         raise CheckpointError(
             f"diffusers' format keeps low-rank changes of layers only, which {adapter.recipe} is "
-            "not. Save it in Espalier's own format, or merge it into the base"
+            "not. Save it in Espalier's own format, or merge it where it can be merged"
         )
     modules = base_modules(model)
     tensors: dict[str, Tensor] = {}

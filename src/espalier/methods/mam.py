@@ -1,5 +1,6 @@
 """MAM adapter (He et al. 2021, arXiv 2110.04366): a prefix at every attention, a scaled parallel
-adapter at every feed-forward part."""
+adapter at every feed-forward part.
+"""
 
 from __future__ import annotations
 

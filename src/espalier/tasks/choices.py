@@ -58,7 +58,8 @@ class Choices(Task):
             "choices": read_choices(raw, self._column(raw, "choices")),
         }
         if labelled:
-            values["label"] = read_right(raw, self.columns["label"], values["choices"])
+            right = read_right(raw, self.columns["label"], values["choices"])
+            values["label"] = check_once(raw, right, values["choices"])
         return Row(values, raw.where)
 
     def _column(self, raw: Row, name: str) -> str:
@@ -183,7 +184,7 @@ def read_choices(raw: Row, column: str) -> list[str]:
     """The texts in a cell: a list, or text parted at `|`.
 
     Raises:
-        DataError: fewer than two, one that is blank or no text, or the same one twice.
+        DataError: fewer than two that differ, or one that is blank or no text.
     """
     value = cell(raw, column)
     if isinstance(value, str):
@@ -194,10 +195,8 @@ def read_choices(raw: Row, column: str) -> list[str]:
     for i, text in enumerate(value):
         if not isinstance(text, str) or not text.strip():
             raise DataError(f"{where}: choice {i} is {shown(text)}, need a text")
-    if len(set(value)) != len(value):
-        raise DataError(f"{where} holds the same choice twice: {shown(value)}")
-    if len(value) < 2:
-        raise DataError(f"{where} holds {shown(value)}, need at least two choices")
+    if len(set(value)) < 2:
+        raise DataError(f"{where} holds {shown(value)}, need at least two choices that differ")
     return list(value)
 
 
@@ -222,6 +221,13 @@ def read_right(raw: Row, column: str, choices: Sequence[str]) -> int:
             f"and no number from 0 to {len(choices) - 1}"
         )
     return value
+
+
+def check_once(raw: Row, right: int, choices: Sequence[str]) -> int:
+    """The place of the right choice. Raises DataError where its text is a wrong choice's too."""
+    if list(choices).count(choices[right]) > 1:
+        raise DataError(f"{raw.where}: the right choice {shown(choices[right])} stands there twice")
+    return right
 
 
 def _parted(flat: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:

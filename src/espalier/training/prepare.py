@@ -116,13 +116,23 @@ def read_data(
     )
 
 
-def fitting(config: RunConfig, limit: int | None) -> RunConfig:
-    """The config with a max_length that the model can take; `limit` None means any."""
+def fitting(config: RunConfig, limit: int | None, words: int = 0) -> RunConfig:
+    """The config with a max_length that the model can take; `limit` None means any.
+
+    `words` of the model's positions, which `limit` leaves out, are a prompt's.
+    """
+    if limit is not None and limit < 2:
+        raise SettingError(
+            f"a prompt of {words} words leaves no room for text: the model has "
+            f"{limit + words} positions. Choose a smaller length."
+        )
     if config.max_length is None:
         return config.replace(max_length=min(512, limit or 512))
     if limit is not None and config.max_length > limit:
+        beside = f" beside the {words} words of the prompt" if words else ""
         raise SettingError(
-            f"max_length is {config.max_length}, but the model takes at most {limit} tokens."
+            f"max_length is {config.max_length}, but the model takes at most {limit} tokens"
+            f"{beside}."
         )
     return config
 

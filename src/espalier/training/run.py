@@ -61,7 +61,7 @@ def train(config: RunConfig) -> RunResult:
         config = config.replace(task=data.task.name)  # its rules again, now that it is known
         tokenizer = models.load_tokenizer(config.model)
         limit = models.limit_of(models.load_config(config.model), tokenizer, parts.words)
-        config = fitting(config, limit)
+        config = fitting(config, limit, parts.words)
         encoded = encode(data, tokenizer, config)
     with _folder_open(out, config):
         precision = models.precision_of(config.precision, out.accelerator.device)
@@ -108,7 +108,7 @@ def fit(
         read = read_data(config, data, validation, test, model.config)
         config = config.replace(task=read.task.name)
         taken = parts.words if parts is not None else find(model).words
-        config = fitting(config, models.limit_of(model.config, tokenizer, taken))
+        config = fitting(config, models.limit_of(model.config, tokenizer, taken), taken)
         encoded = encode(read, tokenizer, config)
     with _folder_open(out, config):
         models.set_padding(model, tokenizer)

@@ -45,7 +45,7 @@ def write_peft(model: nn.Module, adapter: Adapter, folder: Path) -> None:
     what = f"holds {', '.join(sorted(held))} together" if held else "only replaces parameters"
     raise CheckpointError(
         f"none of peft's formats ({', '.join(KINDS)}) has a form for {adapter.recipe}, which "
-        f"{what}. Save it in Espalier's own format, or merge it into the base"
+        f"{what}. Save it in Espalier's own format, or merge it where it can be merged"
     )
 
 

@@ -67,7 +67,7 @@ def _vector(deltas: list[Delta]) -> Tensor:
     if len({_enters(delta) for delta in deltas}) > 1:
         raise CheckpointError(
             f"peft's IA3 scales what enters a layer or what leaves it; at {site.path} this adapter "
-            "scales both. Save it in Espalier's own format, or merge it into the base"
+            "scales both. Save it in Espalier's own format, or merge it where it can be merged"
         )
     numbers = [next(iter(delta.t.values())).detach() for delta in deltas]
     if _enters(deltas[0]):

@@ -54,7 +54,7 @@ def _write(model: nn.Module, adapter: Adapter) -> tuple[dict[str, Any], dict[str
         else:
             raise CheckpointError(
                 f"peft's LN_TUNING format keeps norms and heads; this adapter trains {name}. Save "
-                "it in Espalier's own format, or merge it into the base"
+                "it in Espalier's own format, or merge it where it can be merged"
             )
     return {"target_modules": sorted(tuned)}, tensors
 
