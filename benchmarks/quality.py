@@ -75,6 +75,7 @@ def run(arguments: argparse.Namespace, data: Path, method: str, lr: float, seed:
         max_length=arguments.max_length,
         limit=arguments.limit,
         threads=arguments.threads,
+        precision=arguments.precision,
         quiet=True,
     )
     result = esp.train(config)
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="fp32")
     parser.add_argument("--out", type=Path, default=Path("runs/quality/notes.jsonl"))
     arguments = parser.parse_args()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

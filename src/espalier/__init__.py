@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from espalier.accounting import account
     from espalier.calibration import calibrate
     from espalier.checkpoint import load, read_card, save
-    from espalier.deltas import Batch, Call, Delta, Kept, Tensors, Trained
+    from espalier.deltas import Batch, Call, Delta, Kept, Regime, Tensors, Trained
     from espalier.errors import EspalierError
     from espalier.folding import merge, unmerge
     from espalier.from_text import prefix_from_text
+    from espalier.lifecycle import Lifecycle
     from espalier.methods.bitfit import BitFit
     from espalier.methods.compacter import Compacter
     from espalier.methods.full import FullTuning
@@ -62,10 +63,11 @@ _MODULES = {
     "accounting": ("account",),
     "calibration": ("calibrate",),
     "checkpoint": ("load", "read_card", "save"),
-    "deltas": ("Batch", "Call", "Delta", "Kept", "Tensors", "Trained"),
+    "deltas": ("Batch", "Call", "Delta", "Kept", "Regime", "Tensors", "Trained"),
     "errors": ("EspalierError",),
     "folding": ("merge", "unmerge"),
     "from_text": ("prefix_from_text",),
+    "lifecycle": ("Lifecycle",),
     "verbs": (
         *("activate", "active", "attach", "dead_sites", "detach"),
         *("freeze", "groups", "parameters", "skip_layers", "thaw", "to_plain"),
@@ -80,8 +82,8 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "IA3", "Batch", "BitFit", "Call", "Compacter", "Delta", "EspalierError", "FullTuning",
-    "HeadOnly", "Kept", "LoRA", "Method", "PTuning", "PTuningV2", "ParallelAdapter",
-    "PartialTuning", "PrefixTuning", "PromptTuning", "Recipe", "RunConfig", "RunResult", "SPoT",
+    "HeadOnly", "Kept", "Lifecycle", "LoRA", "Method", "PTuning", "PTuningV2", "ParallelAdapter",
+    "PartialTuning", "PrefixTuning", "PromptTuning", "Recipe", "Regime", "RunConfig", "RunResult", "SPoT",
     "SerialAdapter", "Site", "Sites", "Tensors", "Trained", "account", "activate", "active",
     "attach", "calibrate", "dead_sites", "detach", "errors", "fit", "freeze", "gates", "groups",
     "load", "merge", "parameters", "prefix_from_text", "prompt_similarity", "rank_prompts",

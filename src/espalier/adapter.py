@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from espalier.deltas import Delta, Kept, Trained
+from espalier.deltas import Delta, Kept, Regime, Trained
 from espalier.recipes import Recipe
 
 
@@ -89,6 +89,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.name, self.recipe, self.head = name, recipe, head
         self.deltas: list[Delta] = []
+        self.labels: list[str] = []  # of the deltas
         self.slots: dict[str, list[Slot]] = {}
         self.refresh: Callable[[], None] = _nothing  # told when the views were made anew
         self._seen: tuple[object, ...] = ()
@@ -116,6 +117,7 @@ class Adapter(nn.Module):
         specs: dict[str, Trained] = {}
         for label, delta in deltas:
             self.deltas.append(delta)
+            self.labels.append(label)
             for key, spec in delta.trained.items():
                 slot = known.get(id(spec))
                 if slot is None:
@@ -156,6 +158,36 @@ class Adapter(nn.Module):
                         delta.t[key] = view
         self._seen = seen
         self.refresh()
+
+    @property
+    def built(self) -> dict[int, list[Delta]]:
+        """The deltas by the place, in the recipe, of the method that built them; no head's."""
+        found: dict[int, list[Delta]] = {}
+        for label, delta in zip(self.labels, self.deltas, strict=True):
+            index, _, _ = label.partition("/")
+            if index != "head":
+                found.setdefault(int(index), []).append(delta)
+        return found
+
+    @property
+    def regimes(self) -> list[Regime]:
+        """What happens to the numbers while they train, once per method that has something."""
+        found = {id(d.regime): d.regime for d in self.deltas if d.regime is not None}
+        return list(found.values())
+
+    def show_gradients(self, show: bool) -> None:
+        """Give every delta with a regime views of its gradients (zeros where none), or take them.
+
+        Gradients that are shown can be read and changed.
+        """
+        for kind, flat in self.flat.items() if show else ():
+            grad = torch.zeros_like(flat) if flat.grad is None else flat.grad
+            for slot in self.slots[kind]:
+                for delta, key in slot.users:
+                    if delta.regime is not None:
+                        delta.g[key] = slot.of(grad)
+        for delta in () if show else self.deltas:
+            delta.g = {}
 
     def named(self) -> Iterable[tuple[str, Tensor]]:
         """(label, numbers) of every slot, detached, sharing memory with the buffers."""

@@ -77,6 +77,43 @@ class Batch(NamedTuple):
     training: bool
 
 
+class Regime:
+    """What a method does to its numbers while they train, besides following the gradient.
+
+    All deltas of one attached method share one, which overrides what it needs. A `Lifecycle`
+    (lifecycle.py) drives it; steps are optimiser steps. What must survive a stop is in `Kept`
+    numbers of the deltas, and in nothing else. Numbers are changed in place through `.data`; their
+    gradients are in `delta.g` while `before_step` and `after_step` run, and only then.
+
+    Attributes:
+        deltas: Those that share it, in model order.
+        total: Steps of the whole training; 0 until a lifecycle has begun.
+    """
+
+    def __init__(self) -> None:
+        self.deltas: list[Delta] = []
+        self.total = 0
+
+    def start(self, total: int, done: int) -> None:
+        """Told how many steps there will be, and how many are done, before the next one."""
+        self.total = total
+
+    def penalty(self) -> Tensor | None:
+        """A scalar that is added to the loss of each step, in training only, once per step."""
+        return None
+
+    def before_step(self, step: int) -> None:
+        """Told before step 1, 2, … when its gradients are complete and its numbers the old ones."""
+
+    def after_step(self, step: int) -> None:
+        """Told after step 1, 2, … when the numbers are new and the gradients still there."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether what stands now may be kept as the result, as it may at the end."""
+        return True
+
+
 class Delta:
     """A change at one site. Subclasses are final and override the ports they need.
 
@@ -89,8 +126,8 @@ class Delta:
                                           is watched)
         embed(t, training) -> rows        embeddings of extra words before the text (`embeds`)
         fold(t, w, b) -> (w, b)           the same change on a float weight; absent: cannot merge
-        effective(t, own) -> parameters   what stands in for the host's own parameters (`replaces`;
-                                          then no other port is used)
+        effective(t, own, training)       what stands in for the host's own parameters, by name
+                                          (`replaces`; then no other port is used)
         begin(batch)                      told before every forward pass of the whole model
         ready()                           told when active, moved or loaded: what Python must know
                                           of kept numbers is read from `self.t` here
@@ -100,6 +137,7 @@ class Delta:
     Attributes:
         watches: Paths of other modules; `seen` holds their latest calls when a port is used. The
             end of a watched module around the site empties it.
+        regime: What happens to its numbers while they train, shared by all deltas of its method.
         gaps: How many of the rows that it embeds stand before the text, between its two segments,
             and after it.
     """
@@ -119,6 +157,8 @@ class Delta:
         self.t: dict[str, Tensor] = {}  # views of the adapter's buffers, put here by the adapter
         self.watches: tuple[str, ...] = ()
         self.seen: dict[str, Call] = {}
+        self.regime: Regime | None = None
+        self.g: dict[str, Tensor] = {}  # gradients of t, for the regime, while it is told of a step
         if site.enter is not None and site.enter != site.path:
             self.watches = (site.enter,)
 
@@ -151,7 +191,7 @@ class Delta:
         """Weight (out, in) and bias with the change folded in, fp32. Raises where it cannot."""
         raise SiteError(f"{type(self).__name__} at {self.site.path} cannot be merged into a weight")
 
-    def effective(self, t: Tensors, own: Tensors) -> Tensors:
+    def effective(self, t: Tensors, own: Tensors, training: bool) -> Tensors:
         """What stands in for the host's parameters `own`, by name; the numbers themselves."""
         return t
 
@@ -187,4 +227,4 @@ class Delta:
 
     def __getstate__(self) -> dict[str, Any]:
         # Views cannot be copied; the adapter makes them anew.
-        return {**self.__dict__, "t": {}, "seen": {}}
+        return {**self.__dict__, "t": {}, "seen": {}, "g": {}}

@@ -138,7 +138,7 @@ def _stand_ins(host: nn.Module, deltas: list[Fold]) -> Tensors:
     for delta, _ in deltas:
         if delta.replaces:
             own = {name: hosts.parameter(host, name) for name in delta.parameters}
-            found.update(delta.effective(delta.t, own))
+            found.update(delta.effective(delta.t, own, training=False))
     return found
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec
@@ -55,8 +55,11 @@ class Method:
         """Whether a fresh adapter changes nothing; papers that say otherwise override it."""
         return True
 
-    def plain(self) -> Method:
-        """The method whose deltas serve what this one trained; itself where nothing is richer."""
+    def plain(self, deltas: Sequence[Delta] = ()) -> Method:
+        """The method whose deltas serve what this one trained; itself where nothing is richer.
+
+        `deltas` are those that this one built, where their numbers are known and matter.
+        """
         return self
 
     def __add__(self, other: Method | Recipe) -> Recipe:
@@ -98,9 +101,10 @@ class Recipe:
         """How many words its parts put beside a text."""
         return sum(method.words for method in self.methods)
 
-    def plain(self) -> Recipe:
-        """The recipe that serves what this one trained."""
-        return Recipe(tuple(method.plain() for method in self.methods))
+    def plain(self, built: Mapping[int, Sequence[Delta]] | None = None) -> Recipe:
+        """The recipe that serves what this one trained; `built` has each method's deltas."""
+        held = built or {}
+        return Recipe(tuple(m.plain(held.get(at, ())) for at, m in enumerate(self.methods)))
 
     def to_json(self) -> list[dict[str, Any]]:
         """One JSON object per method."""

@@ -110,7 +110,7 @@ class Seat:
         own = self.host.__dict__
         for delta in stood_in:
             held = {name: hosts.parameter(self.host, name) for name in delta.parameters}
-            for name, value in delta.effective(delta.t, held).items():
+            for name, value in delta.effective(delta.t, held, self.host.training).items():
                 own[name] = value.to(held[name].dtype)
         try:
             return self._acted([pair for pair in live if not pair[0].replaces], args, kwargs)

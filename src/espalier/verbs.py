@@ -253,7 +253,7 @@ def to_plain(model: nn.Module, name: str) -> bool:
     """
     graft, rich = find(model), get(model, name)
     graft.refuse_merged()
-    parts = rich.recipe.plain()
+    parts = rich.recipe.plain(rich.built)
     if parts == rich.recipe:
         return False
     first = next(iter(rich.runs.values()))

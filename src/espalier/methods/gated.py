@@ -8,6 +8,7 @@ LoRA's or a prefix's projection, the adapter's own input. Each delta of the part
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -46,7 +47,7 @@ class Gated(Method):
         """Whether the part is the identity when fresh."""
         return self.part.identity
 
-    def plain(self) -> Gated:
+    def plain(self, deltas: Sequence[Delta] = ()) -> Gated:
         """The gate around the plain part."""
         return Gated(self.part.plain(), self.over)
 
@@ -58,6 +59,11 @@ class Gated(Method):
                 raise SiteError(
                     f"Gated({type(self.part).__name__}): {delta.site.path} is not changed by "
                     "adding something, so there is nothing to gate; leave the gate out"
+                )
+            if delta.regime is not None:
+                raise SiteError(
+                    f"Gated({type(self.part).__name__}): its numbers follow a schedule of their "
+                    "own while they train, which a gate would disturb; leave the gate out"
                 )
             if delta.site.kind in ("embedding", "conv2d"):
                 raise SiteError(

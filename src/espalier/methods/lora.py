@@ -15,6 +15,7 @@ PiSSA   (2404.02948)  s·B₀A₀ = the R leading singular directions of W; y + 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -87,7 +88,7 @@ class LoRA(Method):
         """s, the factor on the change."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def plain(self) -> LoRA:
+    def plain(self, deltas: Sequence[Delta] = ()) -> LoRA:
         """The LoRA (DoRA) that serves it; PiSSA's is of twice the rank and needs no other base."""
         if not principal(self.init):
             return replace(self, freeze_a=False)

@@ -15,6 +15,7 @@ its share of the attention. `esp.prefix_from_text` starts it from real words.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -61,7 +62,7 @@ class PrefixTuning(Method):
         """Never: the new keys take a share of the attention whatever they are."""
         return False
 
-    def plain(self) -> PrefixTuning:
+    def plain(self, deltas: Sequence[Delta] = ()) -> PrefixTuning:
         """The same keys and values without the network that made them."""
         return replace(self, reparametrize=False)
 

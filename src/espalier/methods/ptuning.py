@@ -17,6 +17,7 @@ embeddings, LSTMs and linears do. A fresh prompt changes the model.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -74,7 +75,7 @@ class PTuning(Method):
         """L, the tokens by which the text must be shorter."""
         return sum(gaps_of(self.length, self.template))
 
-    def plain(self) -> Method:
+    def plain(self, deltas: Sequence[Delta] = ()) -> Method:
         """The prompt without the network that made it."""
         gaps = {"length": self.words, "template": self.template}
         return recipe({"method": "PromptTuning", **gaps}).methods[0]

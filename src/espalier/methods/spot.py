@@ -10,6 +10,7 @@ of pairs of rows. From there on it is prompt tuning, and saved it needs its sour
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -71,7 +72,7 @@ class SPoT(Method):
         """L, the tokens by which the text must be shorter."""
         return self.length
 
-    def plain(self) -> Method:
+    def plain(self, deltas: Sequence[Delta] = ()) -> Method:
         """Prompt tuning, which knows nothing of sources."""
         return recipe({"method": "PromptTuning", "length": self.length}).methods[0]
 

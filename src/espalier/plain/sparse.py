@@ -97,7 +97,7 @@ class Sparse(Delta):
         if 0 in self.counted.values():
             self.budget.read(self.t["indices"])
 
-    def effective(self, t: Tensors, own: Tensors) -> Tensors:
+    def effective(self, t: Tensors, own: Tensors, training: bool) -> Tensors:
         """The parameters with the differences added; gradients go to the differences alone."""
         if not self.budget.cuts:
             self.budget.read(t["indices"])

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from espalier.errors import TrainingError
 from espalier.graft import get
+from espalier.lifecycle import Lifecycle
 from espalier.training import state
 from espalier.training.evaluate import evaluate, inputs, real_tokens, targets
 from espalier.training.guard import Places, check_finite
@@ -51,6 +52,7 @@ class Loop:
         self.per_epoch = len(self.epoch(0))
         self.total = total_steps(self.config.epochs, self.config.steps, self.per_epoch)
         self.warmup = warmup_steps(self.config.warmup, self.total)
+        self.life = Lifecycle(job.model, self.total)
         self.best: list[Tensor] | None = None
         self.places = Places(job)
         self.fixed = state.Fixed(
@@ -79,6 +81,7 @@ class Loop:
         """Train to the end, from the state in the run folder when resuming."""
         if self.config.resume and self.job.folder:
             self._restore(self.job.folder)
+        self.life = Lifecycle(self.job.model, self.total, self.at.step)
         self.job.screen.start(self.total, self.at.step)
         self.job.model.train()
         try:
@@ -158,7 +161,9 @@ class Loop:
         loss, norm = torch.stack([loss, norm]).tolist()  # the step's one wait for the device
         check_finite(self.job, loss, norm, self.at.step + 1, step)
         self.places.check(self.at.step, self.total, norm)
+        self.life.before()
         self.optimizer.step()
+        self.life.after()
         self._forget()
         self.at.tokens += tokens
         seconds = time.perf_counter() - start
@@ -204,6 +209,7 @@ class Loop:
         if accelerator.num_processes > 1:
             self._add_up()
             loss = accelerator.reduce(loss, "sum")
+        self.life.penalise()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or float("inf"))
         return loss, norm, tokens  # type: ignore[return-value]
 
@@ -222,12 +228,12 @@ class Loop:
         start = time.perf_counter()
         metrics = self.at.latest = self.evaluate(job.validation)
         name, way = job.task.best
-        better = _better(metrics[name], self.at.best.get(name), way)
+        better = self.life.settled and _better(metrics[name], self.at.best.get(name), way)
         if better:
             self.at.best, self.at.best_step, self.at.stale = metrics, self.at.step, 0
             if config.keep == "best":
                 self.best = [p.detach().cpu().clone() for p in self.parameters]
-        else:
+        elif self.life.settled:  # what a method has not settled yet is never kept
             self.at.stale += 1
             self.at.stopped = config.patience is not None and self.at.stale >= config.patience
         epoch = round(self.at.epoch + self.at.index / self.per_epoch, 4)
