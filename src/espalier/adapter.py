@@ -95,6 +95,8 @@ class Adapter(nn.Module):
         self._seen: tuple[object, ...] = ()
         self.rates: dict[str, float] = {}  # factor on the learning rate, by kind of buffer
         specs = self._lay_out(deltas)
+        regimes = {id(d.regime): d.regime for d in self.deltas if d.regime is not None}
+        self.regimes: list[Regime] = list(regimes.values())  # once per method that has one
         self.told = [d for d in self.deltas if type(d).begin is not Delta.begin]
         for kind, slots in self.slots.items():
             form = torch.int64 if kind == "indices" else dtype
@@ -168,12 +170,6 @@ class Adapter(nn.Module):
             if index != "head":
                 found.setdefault(int(index), []).append(delta)
         return found
-
-    @property
-    def regimes(self) -> list[Regime]:
-        """What happens to the numbers while they train, once per method that has something."""
-        found = {id(d.regime): d.regime for d in self.deltas if d.regime is not None}
-        return list(found.values())
 
     def show_gradients(self, show: bool) -> None:
         """Give every delta with a regime views of its gradients (zeros where none), or take them.

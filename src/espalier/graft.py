@@ -8,6 +8,7 @@ before the registered parameter: the base's keys and values stay where they were
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any, NamedTuple
@@ -68,6 +69,7 @@ class Graft(nn.Module):
         self.thawed = [name for name, p in model.named_parameters() if p.requires_grad]
         self._shadows: list[tuple[nn.Module, str]] = []
         self._stale = False
+        self._warned: set[str] = set()  # adapters whose missing lifecycle was told of
 
     def __repr__(self) -> str:
         live = ", ".join(n if w == 1 else f"{w:g}·{n}" for n, w in self.live) or "none"
@@ -193,6 +195,8 @@ class Graft(nn.Module):
                 self.adapters[name].sync()
             if self._stale:
                 self.refresh()
+            if module.training and torch.is_grad_enabled():
+                self._warn_unled()
         told = [d for name, _ in self.live for d in self.adapters[name].told]
         if told:
             _, takes, stack = next(t for t in self.tellers if t.module is module)
@@ -200,6 +204,19 @@ class Graft(nn.Module):
             for delta in told:
                 if stack in (None, delta.site.stack):
                     delta.begin(batch)
+
+    def _warn_unled(self) -> None:
+        """Warn of methods whose numbers need more than an optimiser while they train."""
+        for name, _weight in self.live:
+            adapter = self.adapters[name]
+            if any(regime.total == 0 for regime in adapter.regimes) and name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(
+                    f"adapter {name!r} ({adapter.recipe}) follows a schedule while it trains, "
+                    "which nothing drives here; before training call "
+                    "esp.Lifecycle(model, steps=...).follow(optimizer)",
+                    stacklevel=2,
+                )
 
     def forward(self, x: Any) -> Any:
         """What is given: a Sequential root calls every child in turn, this one last."""

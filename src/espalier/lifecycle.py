@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from espalier.errors import SettingError
 from espalier.graft import find
@@ -40,6 +41,7 @@ class Lifecycle:
         self.adapters = [graft.adapters[name] for name, _ in graft.live]
         self.adapters = [a for a in self.adapters if any(p.requires_grad for p in a.parameters())]
         self.regimes = [regime for adapter in self.adapters for regime in adapter.regimes]
+        self._hooks: list[RemovableHandle] = []
         for regime in self.regimes:
             regime.start(steps, done)
 
@@ -77,9 +79,15 @@ class Lifecycle:
         def after(*_: Any) -> None:
             self.after()
 
-        optimizer.register_step_pre_hook(before)
-        optimizer.register_step_post_hook(after)
+        pre, post = optimizer.register_step_pre_hook, optimizer.register_step_post_hook
+        self._hooks = [pre(before), post(after)]
         return self
+
+    def leave(self) -> None:
+        """Undo `follow`."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def _tell(self, what: str) -> None:
         if not self.regimes:

@@ -242,6 +242,12 @@ def detach(model: nn.Module, name: str) -> None:
         parameter.requires_grad = path in thawed
 
 
+def has_plain(model: nn.Module, name: str) -> bool:
+    """Whether an adapter trains in a richer form than it serves in, as `to_plain` says."""
+    parts = get(model, name).recipe
+    return parts.plain() != parts
+
+
 def to_plain(model: nn.Module, name: str) -> bool:
     """Turn an adapter into the plain form that serves what it trained; False if it is plain.
 

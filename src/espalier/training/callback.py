@@ -1,11 +1,13 @@
-"""For those who stay with transformers.Trainer (or trl): the adapter saved, dead places noticed.
+"""For those who stay with transformers.Trainer (or trl): all that an adapter needs in training.
 
     esp.attach(model, esp.LoRA())
     Trainer(model, args, train_dataset=..., callbacks=[AdapterCallback()]).train()
 
 A grafted model trains in the Trainer as it is, since only the adapter asks for gradients. With the
-callback each checkpoint folder, and at the end the output folder, gets an `adapter` folder that
-`esp.load` reads.
+callback, methods that live while they train (schedules, penalties, projections) are told of every
+optimiser step; each checkpoint folder, and at the end the output folder, gets an `adapter` folder
+that `esp.load` reads. At the end the adapter becomes the plain form that serves, and the form that
+trained is kept beside it.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from espalier.checkpoint import save
 from espalier.errors import TrainingError
-from espalier.verbs import dead_sites, only_active
+from espalier.lifecycle import Lifecycle
+from espalier.training.folders import AS_TRAINED
+from espalier.verbs import dead_sites, has_plain, only_active, to_plain
 
 
 class AdapterCallback(TrainerCallback):
-    """Saves the active adapter with each checkpoint and at the end; checks the first gradients.
+    """Drives the active adapter's lifecycle, saves it, and checks its first gradients.
 
     Args:
         name: The adapter to save; the only active one if left out.
@@ -37,6 +41,23 @@ class AdapterCallback(TrainerCallback):
     def __init__(self, name: str | None = None, extras: Mapping[str, Any] | None = None) -> None:
         self.name, self.extras = name, extras
         self._checked = False
+        self._life: Lifecycle | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        """Let the optimiser's steps drive what the adapter's methods do while they train."""
+        if model is None or optimizer is None:
+            return
+        self._life = Lifecycle(model, state.max_steps, state.global_step)
+        # accelerate wraps the optimiser and skips steps in which gradients only add up.
+        self._life.follow(getattr(optimizer, "optimizer", optimizer))
 
     def on_pre_optimizer_step(
         self,
@@ -73,10 +94,21 @@ class AdapterCallback(TrainerCallback):
         model: nn.Module | None = None,
         **_: Any,
     ) -> None:
-        """Put the final adapter into the output folder."""
-        self._save(model, Path(str(args.output_dir)), state)
+        """Put the final adapter into the output folder, in its plain form."""
+        if model is None:
+            return
+        if self._life is not None:
+            self._life.leave()
+        folder = Path(str(args.output_dir))
+        name = self.name or only_active(model)
+        if has_plain(model, name):
+            self._save(model, folder, state, AS_TRAINED)
+            to_plain(model, name)
+        self._save(model, folder, state)
 
-    def _save(self, model: nn.Module | None, folder: Path, state: TrainerState) -> None:
+    def _save(
+        self, model: nn.Module | None, folder: Path, state: TrainerState, into: str = "adapter"
+    ) -> None:
         if model is not None and state.is_world_process_zero:
             name = self.name or only_active(model)
-            save(model, name, folder / "adapter", extras=self.extras)
+            save(model, name, folder / into, extras=self.extras)

@@ -12,27 +12,25 @@ from torch import Tensor
 from espalier.checkpoint import load, save
 from espalier.container import write_text
 from espalier.errors import CheckpointError
-from espalier.graft import get
 from espalier.recipes import Recipe
 from espalier.training import plot
 from espalier.training.card import card_text
 from espalier.training.evaluate import evaluating, inputs
+from espalier.training.folders import AS_TRAINED
 from espalier.training.loop import Loop
 from espalier.training.prepare import Material
-from espalier.verbs import activate, detach, to_plain
+from espalier.verbs import activate, detach, has_plain, to_plain
 
 Metrics = dict[str, dict[str, float]]
-TRAINED = "adapter-as-trained"  # with what only training needed, to train on from
 WRITTEN = 200  # rows at most that answers are generated for
 
 
 def settle(at: Material, name: str) -> None:
     """Turn the adapter into the plain form that serves; the form that trained is kept beside it."""
-    parts = get(at.model, name).recipe
-    if parts.plain() == parts:
+    if not has_plain(at.model, name):
         return
     if at.out.main_folder:
-        save(at.model, name, at.out.main_folder / TRAINED)
+        save(at.model, name, at.out.main_folder / AS_TRAINED)
     to_plain(at.model, name)
 
 

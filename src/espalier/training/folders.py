@@ -4,6 +4,7 @@ config.yaml    every setting            adapter/    what esp.load reads
 metrics.jsonl  a line per step          README.md   the model card
 loss.png       the picture              log.txt     what libraries had to say
 result.json    once it is finished      state/      for resuming, until it is finished
+adapter-as-trained/   where the adapter trained in a richer form than it serves in
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from espalier.errors import CheckpointError, SettingError
 from espalier.training.config import RunConfig
 from espalier.training.memory import in_words
 
+AS_TRAINED = "adapter-as-trained"  # with what only training needed, to train on from
 _LEAST = 20_000_000  # bytes: less than this is not worth starting with
 
 
