@@ -159,8 +159,8 @@ def size(folder: Path) -> int:
 def main(folder: Path, quick: bool) -> None:
     """Write mails, train three adapters, load them on one base, answer new mails."""
     rows = {
-        "train": mails("train", 96 if quick else 600),
-        "test": mails("test", 60 if quick else 300),
+        "train": mails("train", 48 if quick else 600),
+        "test": mails("test", 24 if quick else 300),
     }
     learn(folder, rows, 1 if quick else 3)
     table(folder, rows)

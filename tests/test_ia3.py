@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers as tf
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import espalier as esp
 from espalier.errors import AdapterError, SettingError, SiteError
@@ -264,19 +263,6 @@ def test_bf16_base_keeps_its_type_and_learns() -> None:
     first = train(model, batch, steps=1, rate=0.05)
     assert train(model, batch, steps=8, rate=0.05) < first
     assert logits(model, batch).dtype == torch.bfloat16
-
-
-def test_compiles_to_one_graph() -> None:
-    torch._dynamo.reset()
-    model, batch = changed(LLAMA), LLAMA.batch()
-    model.config.use_cache = False
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    out = compiled(**batch)
-    assert counter.frame_count == 1
-    assert torch.allclose(out.logits, logits(model, batch), atol=1e-5)
-    out.loss.backward()
-    assert esp.dead_sites(model) == []
 
 
 def test_four_bit_hosts_are_scaled_and_refuse_to_merge() -> None:

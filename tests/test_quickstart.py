@@ -1,4 +1,7 @@
-"""The quickstarts: data, figures and files, with a few rows; at full length when asked for."""
+"""The quickstarts: data, figures and files; at full length when asked for.
+
+That of the encoder runs with a few rows where the README is tested.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import pytest
 from command_line import Command, read_rows
 from espalier import shipped
 from espalier.quickstart.apart import train_apart
-from espalier.quickstart.encoder import QUICK, Size, margin
+from espalier.quickstart.encoder import Size, margin
 
 
 @pytest.fixture
@@ -49,24 +52,17 @@ def check_comparison(folder: Path, most: Size) -> None:
     assert not modules["train"] & modules["test"]
 
 
-def test_encoder_quickstart_with_a_few_rows(tmp_path: Path, espalier: Command) -> None:
-    out = tmp_path / "quickstart"
-    said = espalier("quickstart", "--quick", "--out", out)
-    assert said.code == 0, said.err
-    for word in ("head only", "LoRA", "full tuning", "tf-idf", "type next:", "espalier train"):
-        assert word in said.out
-    check_comparison(out, QUICK)
-    next_line = next(line for line in said.out.splitlines() if "espalier predict" in line)
-    assert espalier("predict", *next_line.split()[2:3], "Send a request.").code == 0
-    espalier.fails("quickstart", "--out", out, saying=["not empty"])
-
-
 @pytest.mark.slow
 def test_encoder_quickstart(tmp_path: Path, espalier: Command) -> None:
     out = tmp_path / "quickstart"
     said = espalier("quickstart", "--out", out)
     assert said.code == 0, said.err
+    for word in ("head only", "LoRA", "full tuning", "tf-idf", "type next:", "espalier train"):
+        assert word in said.out
     check_comparison(out, Size())
+    next_line = next(line for line in said.out.splitlines() if "espalier predict" in line)
+    assert espalier("predict", *next_line.split()[2:3], "Send a request.").code == 0
+    espalier.fails("quickstart", "--out", out, saying=["not empty"])
     found = json.loads((out / "figures.json").read_text(encoding="utf-8"))
     lora = found["runs"][1]["metrics"]["test"]["accuracy"]
     assert lora > found["majority_accuracy"] + 2 * margin(lora, found["rows"]["test"])

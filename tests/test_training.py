@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 import espalier as esp
 import tiny_runs as tiny
@@ -116,32 +113,6 @@ def test_accumulated_micro_batches_equal_one_big_batch() -> None:
     big = trained(batch=16, accumulate=1)
     assert torch.allclose(big, trained(batch=4, accumulate=4), atol=2e-5)
     assert not torch.allclose(big, trained(batch=4, accumulate=1), atol=1e-3)
-
-
-TWO = """
-import sys
-import espalier as esp, tiny_runs as tiny
-esp.fit(
-    tiny.llama(), tiny.tokenizer("gpt2"), tiny.sums(40), "LoRA(rank=2)", batch=4, epochs=2,
-    lr=0.01, threads=1, out=sys.argv[1], quiet=True, accumulate=int(sys.argv[2]),
-)
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    (tmp_path / "two.py").write_text(TWO)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "1"}
-    one = [sys.executable, tmp_path / "two.py", tmp_path / "one", "2"]
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    two = [sys.executable, *launch, tmp_path / "two.py", tmp_path / "two", "1"]
-    for command in (one, two):
-        subprocess.run(command, env=environment, check=True, capture_output=True)
-    a, b = (load_file(tmp_path / n / "adapter" / "adapter.safetensors") for n in ("one", "two"))
-    assert a.keys() == b.keys()
-    assert all(torch.allclose(value, b[key], atol=1e-6) for key, value in a.items())
-    lines = [(tmp_path / n / "metrics.jsonl").read_text().count("\n") for n in ("one", "two")]
-    assert lines[0] == lines[1]
 
 
 def test_checkpointing_changes_nothing_but_memory() -> None:
