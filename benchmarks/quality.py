@@ -3,8 +3,8 @@
     python benchmarks/quality.py --model DIR --data FOLDER [FOLDER ...] [--methods NAME ...]
 
 Each FOLDER holds train, validation and test as jsonl. No method is tuned more than another: each
-gets the same number of learning rates (its default, and three times that), compared on the
-validation data with the first seed; the better one is run with the other seeds. The test data is
+gets the same learning rates (its default and three times that, or --rates times it), compared on
+the validation data with the first seed; the best one is run with the other seeds. The test data is
 looked at once per run. Results are kept line by line in --out, so that a stopped benchmark goes on
 where it was. "untouched" is the base with a fresh adapter, which changes nothing.
 """
@@ -28,6 +28,7 @@ METHODS = {
     "PiSSA": "LoRA(rank=8, alpha=16, init='pissa')",
     "LoRA-FA": "LoRA(rank=8, alpha=16, freeze_a=True)",
     "LoRA+": "LoRA(rank=8, alpha=16, plus=16.0)",
+    "AdaLoRA": "AdaLoRA(rank=12, target=8)",
     "Houlsby": "SerialAdapter(bottleneck=24)",
     "Pfeiffer": "SerialAdapter(style='pfeiffer', bottleneck=24)",
     "parallel": "ParallelAdapter(bottleneck=24)",
@@ -43,8 +44,11 @@ METHODS = {
     "attention": "PartialTuning(sites='attention.*')",
     "last 2 layers": "PartialTuning(sites='block@last2')",
     "magnitude 0.5 %": "PartialTuning(sites='all-linear', mask='magnitude', share=0.005)",
+    "ladder": "LadderSideTuning()",
+    "diff pruning": "DiffPruning()",
     "MAM": "MAM(length=16, bottleneck=16, scale=2.0)",
     "UniPELT": "UniPELT()",
+    "SAID": "IntrinsicSAID(dimension=5000)",
     "full": "FullTuning()",
 }
 Score = tuple[str, str, float]  # metric, whether more or less is better, factor for the table
@@ -93,17 +97,17 @@ def run(arguments: argparse.Namespace, data: Path, method: str, lr: float, seed:
     return line
 
 
-def rates(method: str) -> tuple[float, ...]:
-    """The learning rates that are tried: the method's own, and three times that."""
+def rates(method: str, factors: list[float]) -> tuple[float, ...]:
+    """The learning rates that are tried: multiples of the method's own."""
     own = esp.recipe(METHODS[method]).learning_rate
-    return (own,) if method == "untouched" else (own, 3 * own)
+    return (own,) if method == "untouched" else tuple(factor * own for factor in factors)
 
 
 def rows(arguments: argparse.Namespace, data: Path) -> Iterator[list[Any]]:
     """One table row per method: chosen rate, mean and spread of the test score."""
     for method in arguments.methods:
         try:
-            first = [run(arguments, data, method, lr, 0) for lr in rates(method)]
+            first = [run(arguments, data, method, lr, 0) for lr in rates(method, arguments.rates)]
         except esp.EspalierError as error:
             yield [data.name, method, "", "", "", f"refuses: {error}"]
             continue
@@ -128,6 +132,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, nargs="+", required=True)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--rates", type=float, nargs="+", default=[1, 3], metavar="FACTOR")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--batch", type=int, default=32)

@@ -18,6 +18,7 @@ METHODS = {
     "pissa": "LoRA(rank=2, alpha=4, init='pissa')",
     "lora-fa": "LoRA(rank=4, freeze_a=True)",
     "lora-plus": "LoRA(rank=2, plus=4.0)",
+    "adalora": "AdaLoRA(rank=3, target=2)",
     "houlsby": "SerialAdapter(bottleneck=4)",
     "pfeiffer": "SerialAdapter(style='pfeiffer', bottleneck=4)",
     "parallel": "ParallelAdapter(bottleneck=4)",
@@ -33,11 +34,15 @@ METHODS = {
     "norms": "PartialTuning(sites='norm')",
     "last-layer": "PartialTuning(sites='block@last1')",
     "sparse": "PartialTuning(sites='all-linear', mask='magnitude', share=0.05)",
+    "diffpruning": "DiffPruning(share=0.05)",
+    "diffpruning-flat": "DiffPruning(sites='attention.*', share=0.2, structured=False, settle=0)",
     "mam": "MAM(length=2, hidden=5, bottleneck=4)",
     "unipelt": "UniPELT(length=2, hidden=5, bottleneck=4, rank=2)",
     "pile": "PrefixTuning(length=2, reparametrize=False) + SerialAdapter(bottleneck=3) + IA3() + "
     "LoRA(rank=2) + ParallelAdapter(bottleneck=3) + PromptTuning(length=2)",
+    "said": "IntrinsicSAID(dimension=150)",
     "full": "FullTuning()",
+    "ladder": "LadderSideTuning(reduction=2)",
     "head": "HeadOnly()",
 }
 TABLE = [(case, recipe) for case in CASES for recipe in METHODS]

@@ -35,6 +35,9 @@ TRAINED = {
     f"LoRA(rank=8, init='pissa', {QV})": 294_912,
     f"LoRA(rank=8, freeze_a=True, {QV})": 147_456,
     "LoRA(rank=8, sites='attention.*')": 589_824,
+    f"AdaLoRA(rank=12, {QV})": 442_656,
+    "AdaLoRA(rank=12)": 1_991_520,
+    "LoRA(rank=8, sites='ffn.in', ranks=(8, 4, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0))": 13 * 3_840,
     "LoRA(rank=8)": 1_327_104,
     "LoRA(rank=8, sites='all-linear, pooler')": 1_339_392,
     "BitFit()": 102_912,
@@ -58,7 +61,12 @@ TRAINED = {
     "PartialTuning(sites='block@last1')": 7_087_872,
     "PartialTuning(sites='norm')": 38_400,
     "PartialTuning(sites='ffn.*')": 56_669_184,
+    "IntrinsicSAID()": 20_000,
+    "IntrinsicSAID(dimension=1608)": 1_608,
+    "LadderSideTuning()": 2_376_300,
     "FullTuning()": 109_482_240,
+    "DiffPruning()": 2 * 109_482_240 + 199,  # a logit for each of the 199 tensors
+    "DiffPruning(structured=False)": 2 * 109_482_240,
 }
 KEPT = {
     "PrefixTuning(length=10)": 184_320,
@@ -68,7 +76,10 @@ KEPT = {
     "MAM()": 10_005_504,
     "MAM(length=16, bottleneck=16)": 599_232,
     "UniPELT()": 1_410_672,
+    "DiffPruning()": 547_411,
+    "DiffPruning(share=0.001)": 109_482,
     f"LoRA(rank=8, init='pissa', {QV})": 2 * 294_912,
+    f"AdaLoRA(rank=12, target=8, {QV})": 294_912,
     f"LoRA(rank=8, {QV})": 294_912,
 }
 CHANGED = {
@@ -77,9 +88,12 @@ CHANGED = {
     f"LoRA(rank=8, init='pissa', {QV})": (14_155_776, 16),
     f"LoRA(rank=8, freeze_a=True, {QV})": (14_155_776, 8),
     "LoRA(rank=8)": (84_934_656, 8),
+    f"AdaLoRA(rank=12, {QV})": (14_155_776, 12),
     "BitFit()": (102_912, 0),
+    "DiffPruning()": (547_411, None),
     "PartialTuning(sites='norm')": (38_400, 0),
     "PartialTuning(sites='attention.*')": (28_348_416, None),
+    "IntrinsicSAID()": (109_482_240, None),
     "SerialAdapter(bottleneck=48)": (0, 0),
 }
 

@@ -99,4 +99,5 @@ def test_micro_batches_equal_one_big_batch(method: str) -> None:
 
     whole = trained(16, 1)
     assert torch.allclose(whole, trained(4, 4), atol=1e-4)
-    assert not torch.allclose(whole, trained(4, 1), atol=1e-3)
+    less = trained(4, 1)
+    assert whole.shape != less.shape or not torch.allclose(whole, less, atol=1e-3)

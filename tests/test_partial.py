@@ -368,10 +368,10 @@ def test_a_sparse_file_holds_values_and_indices_and_nothing_else(tmp_path: Path)
         held = {name.rpartition("/")[2]: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     count = round(0.05 * 2 * 4480)
     assert {name: (len(t), t.dtype) for name, t in held.items()} == {
-        "values": (count, torch.float32), "indices": (count, torch.int64),
+        "values": (count, torch.float32), "indices": (count, torch.int32),
     }  # fmt: skip
     account = esp.account(model, "mine")
-    assert (account.trained, account.changed, account.bytes) == (count, count, 12 * count)
+    assert (account.trained, account.changed, account.bytes) == (count, count, 8 * count)
 
 
 def test_indices_of_another_adapter_loaded_into_the_state_are_followed() -> None:

@@ -139,6 +139,7 @@ def train(model: nn.Module, batch: dict[str, Tensor], steps: int = 3, rate: floa
     import espalier as esp
 
     optimiser = torch.optim.AdamW(esp.parameters(model), lr=rate)
+    esp.Lifecycle(model, steps).follow(optimiser)
     loss = torch.tensor(0.0)
     for _ in range(steps):
         optimiser.zero_grad()

@@ -23,25 +23,33 @@ if TYPE_CHECKING:
     from espalier.errors import EspalierError
     from espalier.folding import merge, unmerge
     from espalier.from_text import prefix_from_text
+    from espalier.incontext import InContext, in_context
     from espalier.lifecycle import Lifecycle
+    from espalier.methods.adalora import AdaLoRA
     from espalier.methods.bitfit import BitFit
     from espalier.methods.compacter import Compacter
+    from espalier.methods.diffpruning import DiffPruning
     from espalier.methods.full import FullTuning
     from espalier.methods.head import HeadOnly
     from espalier.methods.ia3 import IA3
+    from espalier.methods.ladder import LadderSideTuning
     from espalier.methods.lora import LoRA
     from espalier.methods.parallel import ParallelAdapter
     from espalier.methods.partial import PartialTuning
     from espalier.methods.prefix import PrefixTuning, PTuningV2
     from espalier.methods.prompt import PromptTuning
     from espalier.methods.ptuning import PTuning
+    from espalier.methods.said import IntrinsicSAID
     from espalier.methods.serial import SerialAdapter
     from espalier.methods.spot import SPoT
     from espalier.places import Site, Sites, sites
     from espalier.plain.transfer import prompt_similarity, rank_prompts, read_prompt
-    from espalier.reading import gates
+    from espalier.quantised import dequantize, quantize
+    from espalier.reading import gates, ranks
     from espalier.recipes import Method, Recipe, recipe
+    from espalier.streaming import write_merged
     from espalier.training import RunConfig, RunResult, fit, train
+    from espalier.training.dimension import intrinsic_dimension
     from espalier.verbs import (
         activate,
         active,
@@ -67,28 +75,32 @@ _MODULES = {
     "errors": ("EspalierError",),
     "folding": ("merge", "unmerge"),
     "from_text": ("prefix_from_text",),
+    "incontext": ("InContext", "in_context"),
     "lifecycle": ("Lifecycle",),
     "verbs": (
         *("activate", "active", "attach", "dead_sites", "detach"),
         *("freeze", "groups", "parameters", "skip_layers", "thaw", "to_plain"),
     ),
-    "reading": ("gates",),
+    "quantised": ("dequantize", "quantize"),
+    "reading": ("gates", "ranks"),
     "plain.transfer": ("prompt_similarity", "rank_prompts", "read_prompt"),
     "places": ("Site", "Sites", "sites"),
     "recipes": ("Method", "Recipe", "recipe"),
+    "streaming": ("write_merged",),
     "training": ("RunConfig", "RunResult", "fit", "train"),
+    "training.dimension": ("intrinsic_dimension",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "IA3", "Batch", "BitFit", "Call", "Compacter", "Delta", "EspalierError", "FullTuning",
-    "HeadOnly", "Kept", "Lifecycle", "LoRA", "Method", "PTuning", "PTuningV2", "ParallelAdapter",
+    "IA3", "AdaLoRA", "Batch", "BitFit", "Call", "Compacter", "Delta", "DiffPruning", "EspalierError", "FullTuning",
+    "HeadOnly", "InContext", "IntrinsicSAID", "Kept", "LadderSideTuning", "Lifecycle", "LoRA", "Method", "PTuning", "PTuningV2", "ParallelAdapter",
     "PartialTuning", "PrefixTuning", "PromptTuning", "Recipe", "Regime", "RunConfig", "RunResult", "SPoT",
     "SerialAdapter", "Site", "Sites", "Tensors", "Trained", "account", "activate", "active",
-    "attach", "calibrate", "dead_sites", "detach", "errors", "fit", "freeze", "gates", "groups",
-    "load", "merge", "parameters", "prefix_from_text", "prompt_similarity", "rank_prompts",
+    "attach", "calibrate", "dead_sites", "dequantize", "detach", "errors", "fit", "freeze", "gates", "groups",
+    "in_context", "intrinsic_dimension", "load", "merge", "parameters", "prefix_from_text", "prompt_similarity", "quantize", "rank_prompts", "ranks",
     "read_card", "read_prompt", "recipe", "save", "sites", "skip_layers", "thaw", "to_plain",
-    "train", "unmerge",
+    "train", "unmerge", "write_merged",
 ]  # fmt: skip
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from espalier.adapter import Adapter
+from espalier import hosts
+from espalier.adapter import Adapter, form
 from espalier.graft import find, get
 from espalier.modules import base_modules, unwrap
 from espalier.verbs import deltas_of
@@ -27,8 +29,9 @@ class Account:
         changed: Scalars of the base-shaped model that differ once the adapter is merged.
         rank: Bound on the rank of the change of any weight; None where the method sets none.
         kept: Scalars kept for serving, with the head; a prefix drops the network that made it.
+            Whole numbers (where a mask's scalars lie) are in `bytes` alone.
         bytes: Bytes kept on disk for them, without the file's header.
-        total: Scalars of the base, tied ones once.
+        total: Scalars of the base, tied ones once; those in 4 bits as the numbers they stand for.
     """
 
     trained: int
@@ -69,24 +72,24 @@ def account(model: nn.Module, name: str) -> Account:
         path = delta.site.path
         host = modules[path]
         count, rank = delta.changed(host)
-        most = sum(p.numel() for p in host.parameters(recurse=False)) or count
+        most = sum(map(hosts.count, host.parameters(recurse=False))) or count
         counts[path] = min(counts.get(path, 0) + count, most)
         before = ranks.get(path, 0)
         ranks[path] = None if rank is None or before is None else before + rank
-    own = {
-        id(p): p.numel() for m in modules.values() for p in m._parameters.values() if p is not None
-    }
+    held = (p for m in modules.values() for p in m._parameters.values() if p is not None)
+    own = {id(p): hosts.count(p) for p in held}
     kept = _kept(model, adapter)
-    sizes = {kind: flat.element_size() for kind, flat in adapter.runs.items()}
-    width = max((size for kind, size in sizes.items() if kind != "indices"), default=4)
+    dtypes = (flat.dtype for flat in adapter.runs.values() if flat.is_floating_point())
+    dtype = next(dtypes, torch.float32)
+    whole = sum(count for kind, count in kept.items() if not form(kind, dtype).is_floating_point)
     bounds = [rank for rank in ranks.values() if rank is not None]
     return Account(
         trained=sum(slot.stop - slot.start for slot in slots) - head,
         head=head,
         changed=min(sum(counts.values()), sum(own.values())),
         rank=max(bounds, default=0) if len(bounds) == len(ranks) else None,
-        kept=sum(kept.values()),
-        bytes=sum(count * sizes.get(kind, width) for kind, count in kept.items()),
+        kept=sum(kept.values()) - whole,
+        bytes=sum(count * form(kind, dtype).itemsize for kind, count in kept.items()),
         total=sum(own.values()),
     )
 

@@ -36,6 +36,11 @@ class Slot:
         return flat[self.start : self.stop].view(self.shape)
 
 
+def form(kind: str, dtype: torch.dtype) -> torch.dtype:
+    """The type of a kind of buffer: that of the trained numbers, or one of whole numbers."""
+    return {"indices": torch.int32, "indices_wide": torch.int64}.get(kind, dtype)
+
+
 class _Views(torch.autograd.Function):
     """Flat buffer (N,) → one view per slot; their gradients come back as one flat tensor.
 
@@ -99,8 +104,7 @@ class Adapter(nn.Module):
         self.regimes: list[Regime] = list(regimes.values())  # once per method that has one
         self.told = [d for d in self.deltas if type(d).begin is not Delta.begin]
         for kind, slots in self.slots.items():
-            form = torch.int64 if kind == "indices" else dtype
-            flat = torch.zeros(slots[-1].stop, dtype=form, device=device)
+            flat = torch.zeros(slots[-1].stop, dtype=form(kind, dtype), device=device)
             if isinstance(specs[slots[0].label], Kept):
                 self.register_buffer(kind, flat)
             else:

@@ -44,7 +44,9 @@ def calibrate(
         raise AdapterError(f"adapter {name!r} has nothing to choose by data: {adapter.recipe}")
     modules = base_modules(model)
     wanted = {
-        delta: {key: hosts.parameter(modules[delta.site.path], key) for key in delta.parameters}
+        delta: {
+            key: hosts.parameter(modules[at], name) for key, (at, name) in delta.measured.items()
+        }
         for delta in asking
     }
     unique = {id(p): p for own in wanted.values() for p in own.values()}

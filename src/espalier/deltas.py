@@ -8,7 +8,7 @@ argument: the caller has cast them to the type of the computation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
@@ -46,22 +46,32 @@ class Trained:
 
 @dataclass(slots=True, eq=False)
 class Kept(Trained):
-    """Numbers that are saved with the delta but never trained; whole ones are int64."""
+    """Numbers that are saved with the delta but never trained.
+
+    Whole ones are int32; `wide` ones, which may reach 2³¹, are int64. Those set `aside` are a
+    regime's alone: ports are not given them.
+    """
 
     whole: bool = False
+    wide: bool = False
+    aside: bool = False
 
     @property
     def kind(self) -> str:
         """The flat buffer that holds them."""
-        return "indices" if self.whole else "kept"
+        if not self.whole:
+            return "kept"
+        return "indices_wide" if self.wide else "indices"
 
 
 class Call(NamedTuple):
-    """One call of a module: what it was given, what it gave, and how to call it again."""
+    """One call of a module: its input and output, how to call it again, all that it was given."""
 
     x: Tensor
     y: Tensor
     again: Callable[[Tensor], Tensor]
+    args: tuple[Any, ...]  # x among them, unless it was given by name
+    kwargs: dict[str, Any]
 
 
 class Batch(NamedTuple):
@@ -108,6 +118,10 @@ class Regime:
     def after_step(self, step: int) -> None:
         """Told after step 1, 2, … when the numbers are new and the gradients still there."""
 
+    def report(self) -> Mapping[str, Sequence[float]]:
+        """What a run's record keeps at each evaluation: by name, a number for each delta."""
+        return {}
+
     @property
     def settled(self) -> bool:
         """Whether what stands now may be kept as the result, as it may at the end."""
@@ -135,8 +149,8 @@ class Delta:
         plain(t) -> t                     the numbers of the plain form that `Method.plain` builds
 
     Attributes:
-        watches: Paths of other modules; `seen` holds their latest calls when a port is used. The
-            end of a watched module around the site empties it.
+        watches: Paths of modules; `seen` holds their latest calls when a port is used, the site's
+            own, too, when `after` is. The end of a watched module around the site empties it.
         regime: What happens to its numbers while they train, shared by all deltas of its method.
         gaps: How many of the rows that it embeds stand before the text, between its two segments,
             and after it.
@@ -147,13 +161,15 @@ class Delta:
     embeds: bool = False
     gaps: tuple[int, int, int] = (0, 0, 0)
     reads_host: bool = False  # t brings the host's "weight" (out, in) and "bias"
-    measures: bool = False  # before training it asks for E[(∂loss/∂p)²] of its `parameters`
+    measures: bool = False  # before training it asks for E[(∂loss/∂p)²] of what is `measured`
     idle: bool = False  # it may rightly get no gradient
     gates: bool = False  # a gate around it comes as t["gate"] and multiplies its own branch
+    taps: bool = False  # it reads others' outputs, detached, and changes nothing before its own
 
     def __init__(self, site: Site, **trained: Trained) -> None:
         self.site = site
         self.trained = trained
+        self.aside = {key for key, n in trained.items() if isinstance(n, Kept) and n.aside}
         self.t: dict[str, Tensor] = {}  # views of the adapter's buffers, put here by the adapter
         self.watches: tuple[str, ...] = ()
         self.seen: dict[str, Call] = {}
@@ -185,7 +201,7 @@ class Delta:
         """Told when its adapter was made active, moved or loaded."""
 
     def calibrate(self, squares: Tensors) -> None:
-        """Given the mean squared gradient of each of the host's parameters it stands in for."""
+        """Given the mean squared gradient of each parameter that is `measured`, by its key."""
 
     def fold(self, t: Tensors, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight (out, in) and bias with the change folded in, fp32. Raises where it cannot."""
@@ -212,6 +228,11 @@ class Delta:
     def parameters(self) -> tuple[str, ...]:
         """Names of the host's parameters that this delta stands in for."""
         return tuple(self.trained) if self.replaces else ()
+
+    @property
+    def measured(self) -> dict[str, tuple[str, str]]:
+        """The base's parameters that `calibrate` is told of, as (path, name) by a key."""
+        return {name: (self.site.path, name) for name in self.parameters}
 
     @property
     def mergeable(self) -> bool:

@@ -38,21 +38,14 @@ def merge(
     live = resolve(model, dict(graft.live) if choice is None else choice)
     if not live:
         raise AdapterError("no adapter is active; name the one to merge")
-    folds = _collect(graft, live)
+    folds = collect(graft, live)
     modules = base_modules(model)
-    parted = _parted(modules, folds)
-    _refuse(folds, parted, untie)
+    refuse(modules, folds, untie)
     before, graft.live = graft.live, ()
     graft.refresh()
     undo: list[hosts.Undo] = []
     try:
-        found = {path: _stand_ins(modules[path], deltas) for path, deltas in folds.items()}
-        for path, deltas in folds.items():
-            own = {name for at, name in parted if at == path}
-            undo += _fold(modules[path], deltas, found[path], own, untie)
-        tied = any(delta.site.tied for deltas in folds.values() for delta, _ in deltas)
-        if untie and (parted or tied):
-            undo += hosts.declare_untied(unwrap(model))
+        _fold_all(model, folds, untie, undo)
     except BaseException:
         for step in reversed(undo):
             step()
@@ -82,7 +75,34 @@ def unmerge(model: nn.Module) -> None:
     graft.refresh()
 
 
-def _collect(graft: Graft, live: tuple[tuple[str, float], ...]) -> dict[str, list[Fold]]:
+def fold_dense(model: nn.Module, folds: dict[str, list[Fold]], undo: list[hosts.Undo]) -> None:
+    """Fold what changes no quantised weight into the model; what takes it back joins `undo`.
+
+    Whatever shares an adapted weight gets one of its own.
+    """
+    part = {
+        path: [fold for fold in deltas if fold[0].replaces or not fold[0].site.bits]
+        for path, deltas in folds.items()
+    }
+    _fold_all(model, {path: deltas for path, deltas in part.items() if deltas}, True, undo)
+
+
+def _fold_all(
+    model: nn.Module, folds: dict[str, list[Fold]], untie: bool, undo: list[hosts.Undo]
+) -> None:
+    """Fold every host's deltas into it; what takes it back is added to `undo` step by step."""
+    modules = base_modules(model)
+    parted = _parted(modules, folds)
+    found = {path: _stand_ins(modules[path], deltas) for path, deltas in folds.items()}
+    for path, deltas in folds.items():
+        own = {name for at, name in parted if at == path}
+        undo += _fold(modules[path], deltas, found[path], own, untie)
+    tied = any(delta.site.tied for deltas in folds.values() for delta, _ in deltas)
+    if untie and (parted or tied):
+        undo += hosts.declare_untied(unwrap(model))
+
+
+def collect(graft: Graft, live: tuple[tuple[str, float], ...]) -> dict[str, list[Fold]]:
     """The deltas to fold at each host, in the order in which they act in the forward pass."""
     folds: dict[str, list[Fold]] = {}
     for name, weight in live:
@@ -110,10 +130,14 @@ def _parted(
     return {key: shared[id(p)] for key, p in ends.items() if shared[id(p)]}
 
 
-def _refuse(
-    folds: dict[str, list[Fold]], parted: dict[tuple[str, str], list[str]], untie: bool
+def refuse(
+    modules: dict[str, nn.Module], folds: dict[str, list[Fold]], untie: bool, dense: bool = False
 ) -> None:
-    """Raise for whatever cannot be merged, before anything is touched."""
+    """Raise AdapterError for whatever cannot be merged, before anything is touched.
+
+    With `dense` quantised weights are written densely elsewhere, and so can be.
+    """
+    parted = _parted(modules, folds)
     tied = {path: others for (path, _), others in parted.items()}
     for path, deltas in folds.items():
         for delta, _ in deltas:
@@ -123,7 +147,7 @@ def _refuse(
                     "change of a weight. Keep the adapter active instead"
                 )
             others = tied.get(path, ()) if delta.replaces else delta.site.tied
-            if not delta.replaces:
+            if not delta.replaces and not dense:
                 hosts.refuse_quantised(delta.site)
             if others and not untie:
                 raise AdapterError(
@@ -146,18 +170,24 @@ def _fold(
     host: nn.Module, deltas: list[Fold], found: Tensors, own: set[str], untie: bool
 ) -> list[hosts.Undo]:
     undo = [hosts.put(host, name, value.clone(), own=name in own) for name, value in found.items()]
-    changes = _in_effect([(d, weight) for d, weight in deltas if not d.replaces])
+    changes = [(delta, weight) for delta, weight in deltas if not delta.replaces]
     if not changes:
         return undo
-    site = changes[0][0].site
-    w, b = hosts.dense(host, site), hosts.bias(host)
-    old = b
-    for delta, weight in changes:
-        w, b = _changed(host, delta, weight, w, b)
+    site, old = changes[0][0].site, hosts.bias(host)
+    w, b = folded(host, changes, hosts.dense(host, site), old)
     undo.append(hosts.write(host, site, w, untie and bool(site.tied)))
     if b is not None and b is not old:
         undo.append(hosts.put_bias(host, b))
     return undo
+
+
+def folded(
+    host: nn.Module, deltas: list[Fold], w: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """A weight (out, in) and bias in fp32 with the changes of a host's deltas folded in."""
+    for delta, weight in _in_effect([fold for fold in deltas if not fold[0].replaces]):
+        w, b = _changed(host, delta, weight, w, b)
+    return w, b
 
 
 def _in_effect(deltas: list[Fold]) -> list[Fold]:

@@ -17,6 +17,7 @@ import torch
 from espalier.checkpoint import load, read_card
 from espalier.errors import CheckpointError, SettingError
 from espalier.graft import find
+from espalier.storage import Storage
 from espalier.training.evaluate import evaluating, inputs
 from espalier.training.models import (
     limit_of,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from espalier.tasks import Row, Task
 
 Precision = Literal["auto", "fp32", "bf16"]
+Quantize = Literal["nf4", "fp4", "int8", "none"]
 AT_ONCE = 1024  # rows predicted before the first of them is handed out
 
 
@@ -116,7 +118,10 @@ class Adapted:
 
 
 def open_adapter(
-    folder: str | Path, base: str | None = None, precision: Precision = "auto"
+    folder: str | Path,
+    base: str | None = None,
+    precision: Precision = "auto",
+    quantize: Quantize | None = None,
 ) -> Adapted:
     """The adapter in a run folder or adapter folder, on its base, ready to use.
 
@@ -124,6 +129,7 @@ def open_adapter(
         folder: A folder that `esp.save` or a run wrote.
         base: Where the base model is, if not where the card says.
         precision: The base's numbers; auto is bf16 on GPUs that have it and fp32 elsewhere.
+        quantize: How the base's layers are stored, if not as they were in training.
 
     Raises:
         CheckpointError: The adapter or its base is missing, damaged, or does not fit.
@@ -143,7 +149,7 @@ def open_adapter(
         tokenizer = load_tokenizer(name)
         half = precision_of(precision, device) == "bf16"
         dtype = torch.bfloat16 if half else torch.float32
-        model, _ = load_model(name, task, tokenizer, dtype)
+        model, _ = load_model(name, task, tokenizer, dtype, storage_of(card, quantize))
     except CheckpointError as error:
         if base:
             raise
@@ -155,6 +161,16 @@ def open_adapter(
     to_device(model, device)
     model.eval()
     return Adapted(Path(folder), model, tokenizer, task, card)
+
+
+def storage_of(card: Mapping[str, Any], quantize: Quantize | None = None) -> Storage | None:
+    """How to store the base of an adapter: as asked, else as the card says that it was."""
+    kept = card["base"].get("quantised")
+    if quantize == "none":
+        return None
+    if quantize is not None:
+        return Storage(**{**(kept or {}), "kind": quantize})
+    return None if kept is None else Storage(**kept)
 
 
 # ----------------------------------------------------------------------------------- predicting

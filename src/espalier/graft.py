@@ -68,6 +68,7 @@ class Graft(nn.Module):
             self.tellers.append(Teller(module, names(module), stack))
         self.thawed = [name for name, p in model.named_parameters() if p.requires_grad]
         self._shadows: list[tuple[nn.Module, str]] = []
+        self._held: list[hosts.Undo] = []  # what quantised hosts are kept from, while we are here
         self._stale = False
         self._warned: set[str] = set()  # adapters whose missing lifecycle was told of
 
@@ -176,9 +177,12 @@ class Graft(nn.Module):
         """Be told before the model's forward passes, and its encoders'."""
         for teller in self.tellers:
             teller.module.register_forward_pre_hook(self.before, with_kwargs=True)
+        self._held = hosts.hold_layout(base_modules(self.tellers[0].module).values())
 
     def leave(self) -> None:
         """Undo `listen`."""
+        for undo in self._held:
+            undo()
         for module, _, _ in self.tellers:
             for key, hook in list(module._forward_pre_hooks.items()):
                 if getattr(hook, "__self__", None) is self:

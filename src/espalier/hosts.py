@@ -5,6 +5,9 @@ Everything else sees a float32 weight in the orientation of `nn.Linear`, (out, i
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+from copy import copy
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -41,6 +44,12 @@ def packed(parameter: nn.Parameter) -> bool:
     return not parameter.is_floating_point() or hasattr(parameter, "quant_state")
 
 
+def count(parameter: nn.Parameter) -> int:
+    """How many numbers a parameter stands for; one in 4 bits holds two in each byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
+
+
 def bias(host: nn.Module) -> Tensor | None:
     """The host's bias as float32, or None."""
     own = host._parameters.get("bias")
@@ -72,6 +81,7 @@ def tensors(delta: Delta, like: Tensor, host: nn.Module) -> dict[str, Tensor]:
         if v.dtype == like.dtype and v.device == like.device
         else v.to(like.device, like.dtype)
         for key, v in delta.t.items()
+        if key not in delta.aside
     }
     if delta.reads_host:
         t.update(current(host, delta.site, like.dtype))
@@ -100,8 +110,10 @@ def refuse_quantised(site: Site) -> None:
     if site.bits:
         raise AdapterError(
             f"{site.path} holds {site.bits}-bit weights; writing a merged weight back into "
-            f"{site.bits} bits loses most of a small change. Load the base in 16 bits and merge "
-            "there"
+            f"{site.bits} bits loses most of a small change. Write a 16-bit model with `espalier "
+            "merge RUN --out FOLDER` or esp.write_merged(model, name, base, folder), or give the "
+            "base dense weights first: save the adapter, detach it, esp.dequantize(model), load "
+            "the adapter, merge"
         )
 
 
@@ -155,10 +167,42 @@ def gain(host: nn.Module) -> Tensor:
     return torch.as_tensor(host.embed_scale, dtype=parameter(host, "weight").dtype)
 
 
+def hold_layout(modules: Iterable[nn.Module]) -> list[Undo]:
+    """Keep 4-bit weights on the CPU in the layout that they are trained in; returns the undo.
+
+    On some processors bitsandbytes repacks them at the first evaluation: the scales are rounded
+    to bf16, and no gradient passes the module from then on.
+    """
+    undo: list[Undo] = []
+    for module in modules:
+        if getattr(module, REPACKS, False):
+            _repack(module)
+            setattr(module, REPACKS, False)
+            undo.append(partial(setattr, module, REPACKS, True))
+    return undo
+
+
+REPACKS = "support_avx512bf16_for_cpu"  # what bitsandbytes asks of a 4-bit module before repacking
+
+
+def _repack(host: nn.Module) -> None:
+    """Give a 4-bit host that was repacked for evaluation the layout of training again."""
+    state = getattr(host._parameters["weight"], "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        host.state_dict()  # bitsandbytes unpacks what it saves
+
+
 def _dequantised(host: nn.Module, weight: nn.Parameter) -> Tensor:
+    """The weight (out, in) in fp32, as its codes say."""
     import bitsandbytes.functional as bnb
 
+    _repack(host)
     state = getattr(weight, "quant_state", None)
     if state is not None:
-        return bnb.dequantize_4bit(weight.data, state)
-    return bnb.int8_vectorwise_dequant(weight.data, weight.SCB)  # type: ignore[attr-defined]
+        wide = copy(state)
+        wide.dtype = torch.float32  # not rounded to the type that the weight once had
+        return bnb.dequantize_4bit(weight.data, wide)
+    scales = weight.SCB  # type: ignore[attr-defined]
+    if scales is None:  # the first forward moves them
+        scales = host.state.SCB  # type: ignore[union-attr]
+    return bnb.int8_vectorwise_dequant(weight.data, scales)  # type: ignore[arg-type]

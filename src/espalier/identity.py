@@ -6,7 +6,8 @@ compared when the adapter is loaded: another checkpoint of the same shape is not
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from espalier.errors import CheckpointError
 from espalier.places import CHILD
+from espalier.storage import stored
 
 TENSORS, VALUES = 8, 4
 _SLACK = 0.02  # a base in bf16 instead of fp32 differs by 0.4 %
@@ -31,12 +33,27 @@ def of(model: nn.Module, without: Sequence[str] = ()) -> dict[str, Any]:
         and p.numel() >= VALUES
     ]
     step = max(1, len(named) // TENSORS)
-    config = getattr(model, "config", None)
+    config, storage = getattr(model, "config", None), stored(model)
     return {
         "name": str(getattr(config, "_name_or_path", "") or ""),
         "class": type(model).__name__,
         "values": {name: _sample(p) for name, p in named[::step][:TENSORS]},
+        **({} if storage is None else {"quantised": storage.to_json()}),
     }
+
+
+def digest(model: nn.Module, modules: Iterable[str]) -> str:
+    """A hash of the values (up to 256 of each parameter) that these modules own, by path."""
+    found = hashlib.sha256()
+    for path in modules:
+        for name, p in model.get_submodule(path)._parameters.items():
+            if p is None:
+                continue
+            flat = p.detach().reshape(-1)
+            some = flat[:: max(1, flat.numel() // 256)].cpu().contiguous()
+            found.update(f"{path}.{name} {tuple(p.shape)} {p.dtype}".encode())
+            found.update(some.view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _sample(parameter: Tensor) -> list[float]:

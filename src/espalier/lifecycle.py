@@ -50,6 +50,16 @@ class Lifecycle:
         """Whether the adapters as they stand may be kept as the result."""
         return all(regime.settled for regime in self.regimes)
 
+    def report(self) -> dict[str, list[list[Any]]]:
+        """What there is to tell of each place: by name, lists of stack, layer, role and number."""
+        found: dict[str, list[list[Any]]] = {}
+        for regime in self.regimes:
+            for name, numbers in regime.report().items():
+                for delta, number in zip(regime.deltas, numbers, strict=True):
+                    at = delta.site
+                    found.setdefault(name, []).append([at.stack, at.layer, at.role, number])
+        return found
+
     def penalise(self) -> float:
         """Add the gradient of this step's penalties to those of the loss; their sum."""
         found = [regime.penalty() for regime in self.regimes]

@@ -114,9 +114,12 @@ class Notes:
 
 
 class Sites(Sequence[Site]):
-    """The places of a model in model order; prints as a table, narrows with `select`."""
+    """The places of a model in model order; prints as a table, narrows with `select`.
 
-    __slots__ = ("_all", "_sites", "notes")
+    `head` lists the modules of the task head that trains beside an adapter, while it is built.
+    """
+
+    __slots__ = ("_all", "_sites", "head", "notes")
 
     def __init__(
         self, found: Iterable[Site], notes: Notes | None = None, all_: Sites | None = None
@@ -124,6 +127,7 @@ class Sites(Sequence[Site]):
         self._sites = tuple(found)
         self.notes = notes or Notes()
         self._all = all_
+        self.head: tuple[str, ...] = ()
 
     @overload
     def __getitem__(self, index: int) -> Site: ...
@@ -145,6 +149,12 @@ class Sites(Sequence[Site]):
 
     def _narrow(self, found: Iterable[Site]) -> Sites:
         return Sites(found, self.notes, self._all or self)
+
+    def beside(self, head: Iterable[str]) -> Sites:
+        """The same places, for an adapter that trains this task head beside it."""
+        found = self._narrow(self._sites)
+        found.head = tuple(head)
+        return found
 
     @property
     def whole(self) -> Sites:

@@ -1,4 +1,4 @@
-"""Reading learned gates: how much of each part of a gated sum acts, layer by layer."""
+"""Reading what was learned, layer by layer: how much of each gated part acts, and ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from espalier.adapter import Adapter
 from espalier.errors import AdapterError, SettingError
 from espalier.graft import find, get
 from espalier.modules import unwrap
+from espalier.plain.adaptive import Triplets
+from espalier.plain.directed import Directed
 from espalier.plain.gated import GatedDelta
+from espalier.plain.lowrank import LowRank, LowRankConv, LowRankEmbedding, Unchanged, rank
+from espalier.verbs import only_active
+
+LOW = (LowRank, LowRankConv, LowRankEmbedding, Directed, Unchanged, Triplets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +107,58 @@ def gates(model: nn.Module, batches: Iterable[Mapping[str, Any]], name: str | No
         Gate(m, d.site.role, d.site.stack, d.site.layer, float(sums[id(d)]) / count)
         for d, m in gated
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """The rank of the change at one place now; 0 where nothing is added."""
+
+    role: str
+    stack: str
+    layer: int | None
+    rank: int
+
+
+class Ranks(tuple[Rank, ...]):
+    """The ranks of an adapter's changes in model order; prints as a table, roles by layers."""
+
+    def __str__(self) -> str:
+        layers = list(dict.fromkeys((r.stack, r.layer) for r in self))
+        rows = {r.role: dict.fromkeys(layers, "") for r in self}
+        for r in self:
+            cell = rows[r.role][r.stack, r.layer]
+            rows[r.role][r.stack, r.layer] = f"{cell}+{r.rank}" if cell else str(r.rank)
+        several = len({stack for stack, _ in layers}) > 1
+        names = [f"{s} {n}" if several else "-" if n is None else str(n) for s, n in layers]
+        lines = [f"{'layer':<16} " + " ".join(f"{name:>4}" for name in names)]
+        for role, cells in rows.items():
+            numbers = (f"{c:>{max(4, len(n))}}" for c, n in zip(cells.values(), names, strict=True))
+            lines.append(f"{role:<16} " + " ".join(numbers))
+        return "\n".join(lines)
+
+
+def ranks(model: nn.Module, name: str | None = None) -> Ranks:
+    """The rank of every low-rank change of an adapter, as it is now.
+
+    Args:
+        model: A model with adapters.
+        name: The adapter; the active one by default.
+
+    Raises:
+        AdapterError: There is no such adapter, or none of its changes has a low rank.
+    """
+    adapter = get(model, only_active(model) if name is None else name)
+    changes = [d.part if isinstance(d, GatedDelta) else d for d in adapter.deltas]
+    found = [
+        Rank(
+            d.site.role, d.site.stack, d.site.layer, d.rank if isinstance(d, Triplets) else rank(d)
+        )
+        for d in changes
+        if isinstance(d, LOW)
+    ]
+    if not found:
+        raise AdapterError(f"{adapter.name!r} ({adapter.recipe}) makes no change of a low rank")
+    return Ranks(found)
 
 
 def _gated(adapter: Adapter) -> list[tuple[GatedDelta, str]]:

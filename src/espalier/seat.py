@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from espalier import hosts
@@ -52,9 +53,19 @@ class Seat:
         """The host's output, changed by the deltas of the active adapters in turn."""
         if self.around is not None:
             return self.around(self._run, args, kwargs)
-        if self.checkpointed and self.host.gradient_checkpointing and self.host.training:
+        again = self.checkpointed and self.host.gradient_checkpointing and self.host.training
+        if again and not self._tapped:
             return self._checkpointed(args, kwargs)
         return self._run(args, kwargs)
+
+    @property
+    def _tapped(self) -> bool:
+        """Whether all that follows reads this host's output detached: it needs no graph then."""
+        return any(
+            delta.taps and weight == 1
+            for name, weight in self.graft.live
+            for delta in self.watchers.get(name, ())
+        )
 
     def _checkpointed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The host's own forward, which checkpoints itself, with the deltas in the checkpoint."""
@@ -133,6 +144,8 @@ class Seat:
             x = _given(args, kwargs)
             for delta, weight in live:
                 if type(delta).after is not Delta.after:
+                    if self.path in delta.watches:
+                        delta.seen[self.path] = self._call(live, args, kwargs, y)
                     y = self._after(delta, weight, x, y)
             return y if isinstance(result, Tensor) else (y, *result[1:])
         finally:  # also when a checkpoint's recomputation ends in here
@@ -140,9 +153,18 @@ class Seat:
                 delta.seen.clear()
 
     def _inner(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._tapped:
+            return self._own(type(self.host).forward, args, kwargs)
+        own: Any = type(self.host).forward
+        with torch.no_grad():
+            return self._own(own.__wrapped__ if self.checkpointed else own, args, kwargs)
+
+    def _own(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if self.inner is not None:
             return self.inner(*args, **kwargs)
-        return type(self.host).forward(self.host, *args, **kwargs)
+        return forward(self.host, *args, **kwargs)
 
     def _tell(
         self,
@@ -151,10 +173,20 @@ class Seat:
         kwargs: dict[str, Any],
         result: Any,
     ) -> None:
-        """Leave this call with the deltas that mind it."""
+        """Leave this call with the deltas elsewhere that mind it."""
         for delta in self._watching(within=False):
-            again = partial(self._again, live, args[1:], kwargs)
-            delta.seen[self.path] = Call(_given(args, kwargs), _first(result), again)
+            if delta.site.path != self.path:
+                delta.seen[self.path] = self._call(live, args, kwargs, _first(result))
+
+    def _call(
+        self,
+        live: list[tuple[Delta, float]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        y: Tensor,
+    ) -> Call:
+        again = partial(self._again, live, args[1:], kwargs)
+        return Call(_given(args, kwargs), y, again, args, kwargs)
 
     def _again(
         self,

@@ -102,6 +102,8 @@ def deltas_of(
 ) -> tuple[list[tuple[str, Delta]], tuple[str, ...]]:
     """Every delta of a recipe with its label, the task head's last; and the head's modules."""
     deltas: list[tuple[str, Delta]] = []
+    modules = {path: model.get_submodule(path) for path in head_modules(model, places, head)}
+    places = places.beside(modules)
     for index, method in enumerate(parts.methods):
         for delta in method.deltas(model, places):
             part = f":{delta.site.role}" if delta.site.rows or delta.site.span else ""
@@ -114,7 +116,6 @@ def deltas_of(
         if delta.embeds:
             route(model, places, delta)  # raises where words cannot enter
     taken = _replaced([delta for _, delta in deltas], parts)
-    modules = {path: model.get_submodule(path) for path in head_modules(model, places, head)}
     heads = replacements(modules, lambda path, name: (path, name) not in taken, head=True)
     deltas += [(f"head/{delta.site.path}", delta) for delta in heads]
     # A method may have taken all of a head (full tuning); it is the task's head all the same.

@@ -26,6 +26,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": (_USE, "Write text with a trained adapter."),
     "chat": (_USE, "Talk to a trained adapter in the terminal."),
     "spot": (_USE, "Prompts of tasks for another: train them, rank them, start from them."),
+    "incontext": (_LOOK, "The base with examples in its prompt, to compare with; nothing trains."),
+    "dimension": (_LOOK, "How few scalars a task needs: its intrinsic dimension."),
     "inspect": (_LOOK, "The places of a model, what a method would train, or an adapter's card."),
     "data": (_LOOK, "Check data before training: columns, lengths, what the loss sees."),
     "merge": (_HAND_ON, "Write base and adapter as one ordinary model folder."),

@@ -28,14 +28,27 @@ Precision = Annotated[
 ]
 
 
-def opened(run: str, model: str | None, precision: str = "auto") -> Adapted:
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        help="How the base's layers are stored; as in training if left out.",
+        metavar="nf4|fp4|int8|none",
+    ),
+]
+
+
+def opened(
+    run: str, model: str | None, precision: str = "auto", quantize: str | None = None
+) -> Adapted:
     """The adapter on its base; what libraries say about it stays off the screen."""
+    if quantize not in (None, "nf4", "fp4", "int8", "none"):
+        raise SettingError(f"--quantize must be nf4, fp4, int8 or none; got {quantize!r}.")
     if precision not in ("auto", "fp32", "bf16"):
         raise SettingError(f"--precision must be auto, fp32 or bf16; got {precision!r}.")
     with aside():
         from espalier.generation import open_adapter
 
-        return open_adapter(run, model, precision)  # type: ignore[arg-type]
+        return open_adapter(run, model, precision, quantize)  # type: ignore[arg-type]
 
 
 def raw_rows(source: str) -> list[Row]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from espalier.commands.adapters import Base, Precision, Run, opened
+from espalier.commands.adapters import Base, Precision, Quantize, Run, opened
 from espalier.commands.generate import (
     Penalty,
     Seed,
@@ -45,9 +45,10 @@ def command(
     seed: Seed = 0,
     model: Base = None,
     precision: Precision = "auto",
+    quantize: Quantize = None,
 ) -> None:
     """Talk to a trained adapter; the template and the system text are those of its training."""
-    at = opened(run, model, precision)
+    at = opened(run, model, precision, quantize)
     how = settings(at, max_new_tokens, temperature, top_p, top_k, None, repetition_penalty)
     remembers = getattr(at.task, "form", "") == "chat"
     if sys.stdin.isatty():

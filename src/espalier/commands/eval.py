@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from espalier.commands.adapters import Base, Batch, Precision, Run, opened
+from espalier.commands.adapters import Base, Batch, Precision, Quantize, Run, opened
 from espalier.commands.flags import mapping
 from espalier.commands.noise import aside
 from espalier.commands.screen import console, say
@@ -35,11 +35,12 @@ def command(
     batch: Batch = 32,
     model: Base = None,
     precision: Precision = "auto",
+    quantize: Quantize = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure a trained adapter on labelled data: loss and the metrics of its task."""
     source, split = (data, "test") if data else _own_data(run)
-    at = opened(run, model, precision)
+    at = opened(run, model, precision, quantize)
     with aside():
         rows = _rows(at, source, split, mapping(columns) if columns else None)[:limit]
         metrics = _measure(at, rows, batch)

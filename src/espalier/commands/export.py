@@ -24,13 +24,14 @@ def command(
     ] = "peft",
     out: Annotated[Path | None, typer.Option(help="Folder; RUN-peft if left out.")] = None,
     model: Base = None,
+    onto: merge.Onto = "dequantised",
 ) -> None:
     """Write an adapter for other tools: PEFT's folder, or merged into an ordinary model."""
     if to not in ("peft", "merged"):
         raise SettingError(f"--to is peft or merged; got {to!r}.")
     folder = out or Path(f"{run.rstrip('/')}-{to}")
     if to == "merged":
-        merge.merge_into(run, folder, model, "auto")
+        merge.merge_into(run, folder, model, "auto", onto)
         return
     from espalier.training.folders import refuse_filled
 

@@ -50,6 +50,18 @@ def with_run_flags(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def without(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Take a flag off a command that fills it in by itself."""
+
+    def taken(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command).parameters.values() if p.name != name]
+        command.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+        del command.__annotations__[name]
+        return command
+
+    return taken
+
+
 def _option(name: str, kind: Any, text: str, default: Any, panel: str) -> inspect.Parameter:
     switch = kind is bool
     told = f" [{default}]" if default not in (None, "") else ""

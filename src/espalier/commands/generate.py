@@ -12,6 +12,7 @@ from espalier.commands.adapters import (
     Base,
     Batch,
     Precision,
+    Quantize,
     Run,
     for_task,
     opened,
@@ -58,6 +59,7 @@ def command(
     batch: Batch = 8,
     model: Base = None,
     precision: Precision = "auto",
+    quantize: Quantize = None,
 ) -> None:
     """Write text. The settings saved with the adapter hold unless others are given here."""
     if bool(prompt) == bool(data):
@@ -67,7 +69,7 @@ def command(
     from espalier.tasks import Row
 
     rows = raw_rows(data) if data else [Row({TYPED: t}, "--prompt") for t in prompt or ()]
-    at = opened(run, model, precision)
+    at = opened(run, model, precision, quantize)
     how = settings(at, max_new_tokens, temperature, top_p, top_k, num_beams, repetition_penalty)
     with aside():
         from espalier.generation import write

@@ -13,6 +13,7 @@ from espalier.commands.adapters import (
     Base,
     Batch,
     Precision,
+    Quantize,
     Run,
     for_task,
     opened,
@@ -48,6 +49,7 @@ def command(
     batch: Batch = 32,
     model: Base = None,
     precision: Precision = "auto",
+    quantize: Quantize = None,
 ) -> None:
     """Predict rows: what comes in comes out again, with `prediction` and `probability`."""
     if bool(texts) == bool(data):
@@ -57,7 +59,7 @@ def command(
     from espalier.tasks import Row
 
     rows = raw_rows(data) if data else [Row({TYPED: t}, "argument") for t in texts or ()]
-    at = opened(run, model, precision)
+    at = opened(run, model, precision, quantize)
     with aside():
         from espalier.generation import predict
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from espalier.commands import paragraphs
-from espalier.commands.flags import given, with_run_flags
+from espalier.commands.flags import given, with_run_flags, without
 from espalier.commands.noise import aside
 from espalier.commands.screen import console, say
 from espalier.commands.train import assemble
@@ -37,25 +35,13 @@ Config = Annotated[
 ]
 
 
-def _without(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Take a flag off a command that fills it in by itself."""
-
-    def taken(command: Callable[..., None]) -> Callable[..., None]:
-        own = [p for p in inspect.signature(command).parameters.values() if p.name != name]
-        command.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
-        del command.__annotations__[name]
-        return command
-
-    return taken
-
-
 @app.callback()
 def group() -> None:
     """Soft prompt transfer (SPoT): train prompts on tasks, rank them, start another from them."""
 
 
 @app.command("sources", epilog=paragraphs(EXAMPLE.splitlines()[0]))
-@_without("train")
+@without("train")
 @with_run_flags
 def sources(
     data: Annotated[list[str], typer.Argument(help="Training data of each task, as for --train.")],
@@ -113,7 +99,7 @@ def rank(
 
 
 @app.command("transfer", epilog=paragraphs(EXAMPLE.splitlines()[3]))
-@_without("method")
+@without("method")
 @with_run_flags
 def transfer(
     source: Annotated[list[str], typer.Argument(help="Prompts to start from: one, or several.")],

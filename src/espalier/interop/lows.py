@@ -44,15 +44,15 @@ class Low:
 
 def is_low(adapter: Adapter) -> bool:
     """Whether all changes of an adapter are low-rank, rows stretched (DoRA) or not."""
-    changes = [delta for delta in adapter.deltas if not delta.replaces]
+    changes = [delta for here in by_host(adapter).values() for delta in here]
     return bool(changes) and all(isinstance(delta, KINDS) for delta in changes)
 
 
 def by_host(adapter: Adapter) -> dict[str, list[Delta]]:
-    """The changes of an adapter by the path of their host."""
+    """The changes of an adapter by the path of their host, without those of rank 0."""
     found: dict[str, list[Delta]] = {}
     for delta in adapter.deltas:
-        if not delta.replaces:
+        if not delta.replaces and delta.trained:
             found.setdefault(delta.site.path, []).append(delta)
     return found
 

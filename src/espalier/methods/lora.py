@@ -3,7 +3,7 @@
     y = x Wᵀ + c + s · drop(x) Aᵀ Bᵀ,   A (R, D_in), B (D_out, R),   s = α / R
 
 A starts uniform in ±1/√fan_in and B at zero (an embedding the other way round): a fresh adapter
-changes nothing. Different ranks at different places are a sum of two LoRAs.
+changes nothing. `ranks` gives each place a rank of its own, all with the scale that R has.
 
 rsLoRA  (2312.03732)  s = α / √R, so that the step size does not shrink with the rank
 LoRA+   (2402.12354)  B learns λ times as fast, but not on embeddings, whose input is one-hot
@@ -25,14 +25,19 @@ from torch.nn import init
 from espalier.deltas import Delta, Kept, Trained
 from espalier.errors import SiteError
 from espalier.modules import base_modules
-from espalier.places import Conv, Site, Sites
+from espalier.places import Site, Sites
 from espalier.plain.directed import Directed
-from espalier.plain.lowrank import LowRank, LowRankConv, LowRankEmbedding
+from espalier.plain.lowrank import LowRank, LowRankConv, LowRankEmbedding, Unchanged
+from espalier.plain.standing import can_fold, ranked, refusal
 from espalier.plain.starts import RANDOM, principal, principal_factors
 from espalier.plain.whole import replacements
 from espalier.recipes import Method, check
 
 BIASES = ("none", "lora_only", "all")
+TAKES = (
+    "linear layers, ungrouped 2-d convolutions (not with dora) and embeddings (nor with freeze_a "
+    "or pissa)"
+)
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class LoRA(Method):
 
     Args:
         rank: R, the width of the bottleneck.
+        ranks: The rank of each selected place in model order, where they differ; 0 adds nothing.
+            The scale stays that of `rank`.
         alpha: α; the change is scaled by α / R.
         dropout: Dropout on the branch's input, in training only.
         rslora: Scale by α / √R instead.
@@ -65,11 +72,12 @@ class LoRA(Method):
     init: str = "kaiming"
     freeze_a: bool = False
     plus: float = 1.0
+    ranks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         number = int | float
-        whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
-        check(self, "rank", whole and self.rank >= 1, "a whole number of at least 1")
+        whole = type(self.rank) is int and self.rank >= 1
+        check(self, "rank", whole, "a whole number of at least 1")
         check(self, "alpha", isinstance(self.alpha, number) and self.alpha > 0, "above 0")
         share = isinstance(self.dropout, number) and 0 <= self.dropout < 1
         check(self, "dropout", share, "at least 0 and below 1")
@@ -80,6 +88,9 @@ class LoRA(Method):
         known = isinstance(self.init, str) and (self.init in RANDOM or principal(self.init))
         check(self, "init", known, f"one of {', '.join(RANDOM)}, pissa, pissa_niter_4")
         check(self, "plus", isinstance(self.plus, number) and self.plus >= 1, "at least 1")
+        fits = isinstance(self.ranks, tuple) and all(type(r) is int and r >= 0 for r in self.ranks)
+        check(self, "ranks", fits, "whole numbers of at least 0")
+        check(self, "dora", not (self.dora and 0 in self.ranks), "False where a rank is 0")
         clash = self.freeze_a and principal(self.init)
         check(self, "freeze_a", not clash, f"False: {self.init} trains the A that it takes from W")
 
@@ -93,12 +104,14 @@ class LoRA(Method):
         if not principal(self.init):
             return replace(self, freeze_a=False)
         alpha = self.alpha * (math.sqrt(2) if self.rslora else 2)
-        return replace(self, rank=2 * self.rank, alpha=alpha, init="kaiming")
+        ranks = tuple(2 * rank for rank in self.ranks)
+        return replace(self, rank=2 * self.rank, ranks=ranks, alpha=alpha, init="kaiming")
 
     def deltas(self, model: nn.Module, places: Sites) -> list[Delta]:
         """One low-rank delta per site, and copies of the biases that train beside them."""
         modules = base_modules(model)
-        found = [self._delta(site, modules[site.path]) for site in places.select(self.sites)]
+        pairs = ranked(places.select(self.sites), self.rank, self.ranks)
+        found = [self._delta(site, modules[site.path], rank) for site, rank in pairs]
         adapted = {delta.site.path for delta in found}
         if self.bias != "none":
             wide = self.bias == "all"
@@ -107,45 +120,30 @@ class LoRA(Method):
             )
         return found
 
-    def _delta(self, site: Site, host: Any) -> Delta:
+    def _delta(self, site: Site, host: Any, rank: int) -> Delta:
         """A low-rank delta shaped for the site's host."""
+        if rank == 0:
+            return Unchanged(site)
         linear = site.kind in ("linear", "conv1d") and not site.span
-        if linear or (site.conv is not None and _can_fold(site.conv) and not self.dora):
-            numbers = self._numbers(site, host)
+        if linear or (site.conv and can_fold(site.conv) and not self.dora):
+            numbers = self._numbers(site, host, rank)
             kind = LowRankConv if site.conv else Directed if self.dora else LowRank
             return kind(site, self.scale, self.dropout, **numbers)
         if site.kind == "embedding" and not (self.dora or self.freeze_a or principal(self.init)):
-            a = Trained((self.rank, site.n_in))
-            b = Trained((site.n_out, self.rank), init.normal_)
+            a = Trained((rank, site.n_in))
+            b = Trained((site.n_out, rank), init.normal_)
             return LowRankEmbedding(site, self.scale, host.padding_idx, a=a, b=b)
-        raise SiteError(_refusal(site))
+        raise SiteError(refusal("LoRA", site, TAKES))
 
-    def _numbers(self, site: Site, host: nn.Module) -> dict[str, Trained]:
+    def _numbers(self, site: Site, host: nn.Module, rank: int) -> dict[str, Trained]:
         kernel = site.conv.kernel if site.conv else ()
-        shape_a = (self.rank, site.n_in, *kernel)
-        shape_b = (site.n_out, self.rank, *(1 for _ in kernel))
+        shape_a = (rank, site.n_in, *kernel)
+        shape_b = (site.n_out, rank, *(1 for _ in kernel))
         b = Trained(shape_b, rate=self.plus)
         length = {"m": Trained((site.n_out,))} if self.dora else {}
         if not principal(self.init):
             a = (Kept if self.freeze_a else Trained)(shape_a, RANDOM[self.init])
             return {"a": a, "b": b, **length}
-        start = principal_factors(self.init, host, site, self.rank, self.scale)
+        start = principal_factors(self.init, host, site, rank, self.scale)
         kept = {"a0": Kept(shape_a, start[0]), "b0": Kept(shape_b, start[1])}
         return {"a": Trained(shape_a), "b": b, **kept, **length}
-
-
-def _refusal(site: Site) -> str:
-    if site.span:
-        return (
-            f"LoRA stands on single layers; {site.role!r} is a span from {site.enter} to "
-            f"{site.path}. For the layers within it write '{site.role}.*'"
-        )
-    what = "a grouped convolution" if site.conv and site.conv.groups > 1 else f"a {site.kind}"
-    return (
-        f"LoRA cannot stand on {site.path}, {what}; it takes linear layers, ungrouped 2-d "
-        "convolutions (not with dora) and embeddings (nor with freeze_a or pissa)"
-    )
-
-
-def _can_fold(conv: Conv) -> bool:
-    return conv.groups == 1 and (conv.padding_mode == "zeros" or isinstance(conv.padding, tuple))

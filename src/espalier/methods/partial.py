@@ -22,12 +22,12 @@ from espalier.deltas import Delta
 from espalier.errors import SiteError
 from espalier.modules import base_modules
 from espalier.places import Site, Sites
-from espalier.plain.sparse import Budget, Sparse, budget_of, highest
-from espalier.plain.whole import chosen, refuse_packed, replacements
+from espalier.plain.sparse import Budget, Sparse, budget_of, highest, row
+from espalier.plain.whole import chosen, replacements
 from espalier.recipes import Method, check
 
 KINDS = ("all", "weight", "bias")
-MASKS = ("none", "magnitude", "smallest", "fisher", "random")
+MASKS = ("none", "magnitude", "smallest", "fisher", "random", "given")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class PartialTuning(Method):
         kinds: "all", or only "weight" (all but biases) or "bias".
         mask: "none" trains whole tensors; "magnitude" the share of scalars with the largest |θ|,
             "smallest" with the smallest, "random" any; "fisher" those that `esp.calibrate` chooses
-            on data (the trainer calls it).
+            on data (the trainer calls it); "given" those that come with the numbers, in an
+            adapter that was pruned. A mask leaves a new task head out, which trains whole.
         share: Share of the selected scalars that a mask trains.
     """
 
@@ -58,8 +59,10 @@ class PartialTuning(Method):
         check(self, "mask", self.mask in MASKS, f"one of {', '.join(MASKS)}")
         share = isinstance(self.share, int | float) and 0 < self.share <= 1
         check(self, "share", share, "above 0 and at most 1")
-        if self.kinds == "bias" or self.sites.strip() == "norm":
-            object.__setattr__(self, "learning_rate", 1e-3)  # a few vectors take larger steps
+        if self.mask != "none":
+            object.__setattr__(self, "learning_rate", 1e-2)  # single scalars take large steps
+        elif self.kinds == "bias" or self.sites.strip() == "norm":
+            object.__setattr__(self, "learning_rate", 1e-3)  # so do a few vectors
 
     def deltas(self, model: nn.Module, places: Sites) -> list[Delta]:
         """Copies of the selected parameters, or differences at single scalars of them."""
@@ -74,36 +77,22 @@ class PartialTuning(Method):
         if self.mask == "none":
             wanted = set(keys)
             return replacements(modules, lambda path, name: (path, name) in wanted)
-        return self._sparse(modules, keys)
-
-    def _sparse(self, modules: dict[str, nn.Module], keys: list[tuple[str, str]]) -> list[Delta]:
-        own = {(path, name): modules[path]._parameters[name] for path, name in keys}
-        unique: dict[int, nn.Parameter] = {}
-        for (path, name), p in own.items():
-            assert p is not None
-            refuse_packed(f"{path}.{name}", p)
-            unique.setdefault(id(p), p)
-        sizes = [p.numel() for p in unique.values()]
-        count = budget_of(self.share, sizes)
-        budget = Budget(count, sizes, self._choice(unique.values()))
-        begins = dict(zip(unique, budget.offsets, strict=False))
-        parts: dict[str, dict[str, int]] = {}
-        ties: dict[str, list[str]] = {}
-        seen: set[int] = set()
-        for (path, name), p in own.items():
-            parts.setdefault(path, {})[name] = begins[id(p)]
-            if id(p) in seen:
-                ties.setdefault(path, []).append(name)
-            seen.add(id(p))
-        waits = self.mask == "fisher"
+        held = row(model, places, keys)
+        budget = Budget(budget_of(self.share, held.sizes), held.sizes, self._choice(held.tensors))
         return [
-            Sparse(_at(path), held, ties.get(path, ()), budget, waits)
-            for path, held in parts.items()
+            Sparse(
+                Site("parameter", path, "parameter", None, "", 0, 0),
+                {name: budget.offsets[number] for name, number in parts.items()},
+                held.ties.get(path, ()),
+                budget,
+                measures=self.mask == "fisher",
+            )
+            for path, parts in held.parts.items()
         ]
 
     def _choice(self, parameters: Iterable[nn.Parameter]) -> Callable[[Tensor], object] | None:
         """What fills the indices (T,) of a fresh adapter."""
-        if self.mask == "fisher":
+        if self.mask in ("fisher", "given"):
             return None
         score = {
             "magnitude": lambda p: p.detach().abs().float(),
@@ -117,10 +106,6 @@ class PartialTuning(Method):
                 indices.copy_(highest((score(p) for p in held), len(indices)))
 
         return fill
-
-
-def _at(path: str) -> Site:
-    return Site("parameter", path, "parameter", None, "", 0, 0)
 
 
 def _is_bias(module: nn.Module, name: str) -> bool:

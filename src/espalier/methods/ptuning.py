@@ -50,7 +50,7 @@ class PTuning(Method):
             their sum is L then. The second segment is what token types or the first separator say.
     """
 
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 3e-4
 
     length: int = 20
     encoder: str = "lstm"

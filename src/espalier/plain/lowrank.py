@@ -139,3 +139,13 @@ class LowRankEmbedding(Delta):
 def rank(delta: Delta) -> int:
     """The rank of a low-rank delta's change, at most."""
     return sum(spec.shape[0] for key, spec in delta.trained.items() if key in ("a", "a0"))
+
+
+class Unchanged(Delta):
+    """A place whose rank is 0: nothing is added and nothing trains."""
+
+    idle = True
+
+    def fold(self, t: Tensors, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as they are."""
+        return w, b

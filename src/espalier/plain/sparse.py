@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import ClassVar
 
@@ -15,8 +16,60 @@ import torch
 from torch import Tensor, nn
 
 from espalier.deltas import Delta, Kept, Tensors, Trained
-from espalier.errors import AdapterError
-from espalier.places import Site
+from espalier.errors import AdapterError, SiteError
+from espalier.modules import base_modules
+from espalier.places import Site, Sites
+from espalier.plain.whole import refuse_packed
+
+
+@dataclass(slots=True)
+class Row:
+    """Chosen tensors laid end to end, a tied one once.
+
+    Attributes:
+        tensors: In their order in the row.
+        parts: By module's path and parameter's name the tensor's number in the row.
+        ties: By path the names of those that were counted before, under another name.
+    """
+
+    tensors: list[nn.Parameter] = field(default_factory=list)
+    parts: dict[str, dict[str, int]] = field(default_factory=dict)
+    ties: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Scalars of each tensor."""
+        return [p.numel() for p in self.tensors]
+
+
+def row(model: nn.Module, places: Sites, keys: Iterable[tuple[str, str]]) -> Row:
+    """The row of the parameters at (path, name), without those that only a new task head owns.
+
+    A head that starts at random is no base to keep differences from: it trains whole, beside them.
+
+    Raises:
+        SiteError: A parameter is quantised, or none is left.
+    """
+    modules = base_modules(model)
+    owned = {(path, name): p for path, m in modules.items() for name, p in m._parameters.items()}
+    based = {id(p) for (path, _), p in owned.items() if path not in places.head}
+    found, numbers = Row(), dict[int, int]()
+    for path, name in keys:
+        p = owned[path, name]
+        if p is None or id(p) not in based:
+            continue
+        refuse_packed(f"{path}.{name}", p)
+        if id(p) in numbers:
+            found.ties.setdefault(path, []).append(name)
+        else:
+            found.tensors.append(p)
+        found.parts.setdefault(path, {})[name] = numbers.setdefault(id(p), len(numbers))
+    if not found.tensors:
+        raise SiteError(
+            f"only the task head {', '.join(places.head)} is selected, which trains whole: its "
+            "base is random. Select parameters of the base"
+        )
+    return found
 
 
 class Budget:
@@ -35,7 +88,8 @@ class Budget:
         for size in sizes:
             self.offsets.append(self.offsets[-1] + size)
         self.values = Trained((count,))
-        self.indices = Kept((count,), choose or _none_yet, whole=True)
+        wide = self.offsets[-1] >= 2**31
+        self.indices = Kept((count,), choose or _none_yet, whole=True, wide=wide)
         self.cuts: dict[int, tuple[int, int]] = {}  # by offset, once the indices are known
         self.chosen = False
         self.best: tuple[Tensor, Tensor] | None = None  # of the scores offered so far
@@ -43,7 +97,7 @@ class Budget:
 
     def read(self, indices: Tensor) -> None:
         """Note in Python where the indices (T,) pass from one tensor to the next."""
-        ends = torch.tensor(self.offsets, device=indices.device)
+        ends = torch.tensor(self.offsets, dtype=indices.dtype, device=indices.device)
         if indices.is_meta:  # counts only: spread evenly
             cuts = [round(len(indices) * end / self.offsets[-1]) for end in self.offsets]
         else:
@@ -106,14 +160,16 @@ class Sparse(Delta):
             start, stop = self.budget.cuts[offset]
             if start < stop:
                 flat = own[name].detach().flatten()
-                at = (t["indices"][start:stop] - offset).to(flat.device)
-                values = t["values"][start:stop].to(flat.device)
-                new = (flat[at].to(values.dtype) + values).to(flat.dtype)
+                at = (t["indices"][start:stop].long() - offset).to(flat.device)
+                new = (flat[at] + t["values"][start:stop].to(flat.device)).to(flat.dtype)
                 found[name] = flat.scatter(0, at, new).view_as(own[name])
         if not self.budget.chosen and t["values"].requires_grad and torch.is_grad_enabled():
             raise AdapterError(
                 "the scalars to train are not chosen yet; call esp.calibrate(model, name, batches) "
                 "with a few batches of training data first"
+                if self.measures
+                else "the scalars to train are to be given, and none were: load an adapter that "
+                "has them, or choose another mask"
             )
         return found
 

@@ -127,7 +127,10 @@ def _placed(owned: Owned, places: Sites, what: str) -> list[tuple[str, str]]:
 def refuse_packed(path: str, parameter: nn.Parameter) -> None:
     """Raise SiteError where a parameter is quantised: there are no numbers to train."""
     if hosts.packed(parameter):
-        raise SiteError(f"{path} is quantised ({parameter.dtype}) and cannot be trained")
+        raise SiteError(
+            f"{path} is quantised ({parameter.dtype}): there are no numbers that could be trained "
+            "themselves. Choose a method that adds to it, such as LoRA, or load the base unquantised"
+        )
 
 
 def _copy_of(parameter: nn.Parameter) -> Callable[[Tensor], object]:

@@ -35,6 +35,9 @@ _KEYS: dict[str, str] = {
     "warmup": "warmup_ratio warmup_steps lr_warmup_steps",
     "clip": "max_grad_norm gradient_clipping grad_clip max_norm",
     "precision": "bf16 fp16 fp32 tf32 mixed_precision dtype torch_dtype",
+    "quantize": "load_in_4bit load_in_8bit quantization_bit quantization bnb_4bit_quant_type",
+    "double_quantization": "bnb_4bit_use_double_quant use_nested_quant double_quant",
+    "optimizer": "optim optim_type",
     "checkpointing": "gradient_checkpointing use_gradient_checkpointing",
     "evaluate_every": "eval_steps eval_strategy evaluation_strategy evals_per_epoch eval_interval",
     "save_every": "save_steps save_strategy saves_per_epoch save_interval",
@@ -71,8 +74,6 @@ _SENTENCES: dict[str, str] = {
     "logging_steps": "leave it out: every step is written to metrics.jsonl",
     "do_train": "leave it out: `espalier train` trains",
     "do_eval": "leave it out: a validation set is evaluated when there is one",
-    "optim": "leave it out: the optimiser is AdamW",
-    "optimizer": "leave it out: the optimiser is AdamW",
     "template": "leave it out for the tokenizer's own, or write chat_template with one in Jinja",
 }
 

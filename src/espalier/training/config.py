@@ -10,13 +10,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from espalier.errors import SettingError
 from espalier.training.aliases import sentences
+
+if TYPE_CHECKING:
+    from espalier.storage import Storage
 
 # Settings that must be the same for a resumed run to equal a run never stopped.
 # fmt: off
@@ -25,7 +28,9 @@ DECISIVE = (
     "validation_share", "system", "chat_template",
     "prefix", "documents", "max_length", "epochs", "steps", "batch", "eval_batch", "accumulate",
     "batching", "lr", "head_lr", "schedule", "warmup", "weight_decay", "clip", "precision",
-    "evaluate_every", "patience", "keep", "seed", "generate", "max_new_tokens",
+    "quantize", "double_quantization", "optimizer",
+    "evaluate_every", "patience", "keep", "seed", "generate", "max_new_tokens", "trunk_cache",
+    "trunk_dtype",
 )
 # fmt: on
 
@@ -89,6 +94,12 @@ class RunConfig(BaseModel):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Arithmetic; auto is bf16 on GPUs that have it and fp32 elsewhere."
     )
+    quantize: Literal["nf4", "fp4", "int8", "none"] | None = Field(
+        None, description="Load the base's layers in 4 or 8 bits; needs bitsandbytes."
+    )
+    double_quantization: bool = Field(
+        True, description="Quantise the scales of 4-bit weights too: 4.127 bits each, not 4.5."
+    )
     checkpointing: bool = Field(
         False,
         description="Recompute activations in the backward pass: less memory, about 1/3 slower.",
@@ -117,11 +128,26 @@ class RunConfig(BaseModel):
     warmup: float = Field(
         0.06, ge=0, description="Warm-up: a share of the steps if below 1, else steps."
     )
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+        "adamw", description="AdamW; its moments in 8 bits, or in memory paged out of a GPU."
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0 does not clip.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of every random number.")
     threads: Literal["auto"] | int = Field(
         "auto", description="CPU threads: a number from 1, or auto to probe for a second."
+    )
+    trunk_cache: Literal["none", "memory", "disk"] = Field(
+        "none",
+        description="Where to keep the states of blocks below all that trains, so that they run "
+        "once: none, memory or disk.",
+    )
+    trunk_dtype: Literal["bf16", "fp32"] = Field(
+        "bf16", description="Type of the kept states: bf16 takes half the room of fp32."
+    )
+    trunk_limit: float = Field(8.0, gt=0, description="Most room for kept states, in GB.")
+    trunk_folder: Path | None = Field(
+        None, description="Folder of states kept on disk; ~/.cache/espalier/trunk if left out."
     )
 
     evaluate_every: int | None = Field(
@@ -159,6 +185,11 @@ class RunConfig(BaseModel):
         except ValidationError as error:
             raise SettingError(_message(error)) from None
 
+    @field_validator("quantize")
+    @classmethod
+    def _none(cls, value: str | None) -> str | None:
+        return None if value == "none" else value
+
     @model_validator(mode="after")
     def _agree(self) -> RunConfig:
         if isinstance(self.threads, int) and self.threads < 1:
@@ -170,6 +201,10 @@ class RunConfig(BaseModel):
         if self.steps is not None and self.warmup >= max(1, self.steps):
             raise ValueError(
                 f"warmup takes {self.warmup:g} steps but the run has only {self.steps}."
+            )
+        if self.trunk_folder and self.trunk_cache != "disk":
+            raise ValueError(
+                f"trunk_folder is for trunk_cache: disk; trunk_cache is {self.trunk_cache}."
             )
         if self.patience and not self.validation and self.validation_share == 0:
             raise ValueError(
@@ -186,6 +221,13 @@ class RunConfig(BaseModel):
         if self.resume and self.dry_run:
             raise ValueError("dry_run starts nothing that resume could go on with: choose one.")
         return self
+
+    @property
+    def storage(self) -> Storage | None:
+        """How the base is to be quantised, if it is."""
+        from espalier.storage import Storage
+
+        return None if self.quantize is None else Storage(self.quantize, self.double_quantization)
 
     @property
     def batch_in_evaluation(self) -> int:

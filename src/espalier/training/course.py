@@ -25,6 +25,7 @@ from espalier.training.memory import explained, in_words, used
 from espalier.training.prepare import Material
 from espalier.training.record import Record
 from espalier.training.result import RunResult
+from espalier.training.trunk_cache import trunk_cache
 from espalier.verbs import attach, detach, only_active
 
 _LONG = 500  # examples to train on
@@ -64,12 +65,15 @@ def _train(at: Material, name: str, parts: Recipe) -> RunResult:
         explained(config, longest),
     ):
         loop = Loop(_job(at, number, parts))
-        _say_plan(at, loop, parts, counted)
-        if config.dry_run:
-            return _trial(at, loop, counted)
-        _check_space(at, loop)
-        randomness.seed_all(config.seed + at.out.accelerator.process_index)
-        loop.run()
+        with trunk_cache(loop.job) as trunk:
+            _say_plan(at, loop, parts, counted)
+            if config.dry_run:
+                return _trial(at, loop, counted)
+            _check_space(at, loop)
+            if trunk:
+                trunk.fill()
+            randomness.seed_all(config.seed + at.out.accelerator.process_index)
+            loop.run()
         finish.settle(at, name)
         metrics = finish.measure(at, loop)
     model.eval()
@@ -132,7 +136,8 @@ def _is_long(at: Material) -> bool:
 
 
 def _say_plan(at: Material, loop: Loop, parts: Recipe, counted: Mapping[str, Any]) -> None:
-    for line in report.plan(loop, at.data, parts, counted):
+    trunk = loop.job.trunk.plan if loop.job.trunk else []
+    for line in [*report.plan(loop, at.data, parts, counted), *trunk]:
         at.out.screen.say(line)
     if at.encoded.note:
         at.out.screen.say(at.encoded.note)

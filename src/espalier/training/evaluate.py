@@ -66,6 +66,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+def _nothing(_: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
 def evaluate(
     model: PreTrainedModel,
     task: Task,
@@ -74,8 +78,12 @@ def evaluate(
     batch_size: int,
     accelerator: Accelerator,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    giving: Callable[[Sequence[int]], contextlib.AbstractContextManager[None]] = _nothing,
 ) -> dict[str, float]:
-    """Loss (mean over targets) and the task's metrics; the same numbers in every process."""
+    """Loss (mean over targets) and the task's metrics; the same numbers in every process.
+
+    A pass over the examples of some indices runs within `giving(indices)`.
+    """
     from accelerate.utils import gather_object
 
     from espalier.data import in_order
@@ -87,7 +95,7 @@ def evaluate(
         for chunk in chunks:
             batch = task.collate([examples[i] for i in chunk], tokenizer)
             count = targets(batch, causal)
-            with autocast():
+            with autocast(), giving(chunk):
                 outputs = model(**inputs(task, batch, accelerator.device, model.dtype))
             loss = float(task.loss(outputs, batch)) if count else 0.0
             found.append((loss, count, task.predict(outputs, batch), task.references(batch)))

@@ -92,6 +92,7 @@ def keep(
     write_text(folder / "README.md", card)
     if plot.available():
         plot.draw(loop.job.record.lines, task.best[0], folder / "loss.png")
+        plot.draw_places(loop.job.record.lines, folder)
     else:
         at.out.screen.say("No loss.png: matplotlib is missing; pip install 'espalier[report]'.")
 

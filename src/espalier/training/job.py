@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from espalier.tasks import Task
+    from espalier.training.trunk_cache import TrunkCache
 
+Examples = Sequence[dict[str, Any]]
 Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
@@ -29,8 +31,8 @@ class Job:
     model: PreTrainedModel
     tokenizer: Any
     task: Task
-    train: Sequence[dict[str, Any]]
-    validation: Sequence[dict[str, Any]]
+    train: Examples
+    validation: Examples
     sources: Sequence[str]  # file and line of each training example
     config: RunConfig
     recipe: Recipe
@@ -42,3 +44,10 @@ class Job:
     record: Record
     folder: Path | None
     threads: int
+    trunk: TrunkCache | None = None
+
+    def giving(
+        self, examples: Examples, some: Sequence[int]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Passes over some of these examples, given what is kept of a frozen trunk's states."""
+        return self.trunk.giving(examples, some) if self.trunk else contextlib.nullcontext()

@@ -9,6 +9,7 @@ add with one all-reduce: no wrapper around the model is needed.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from espalier.training.evaluate import evaluate, inputs, real_tokens, targets
 from espalier.training.guard import Places, check_finite
 from espalier.training.job import Job
 from espalier.training.memory import used
+from espalier.training.optimizers import optimizer
 from espalier.training.schedule import factor, total_steps, warmup_steps
 from espalier.verbs import activate, active, constants, groups, only_active
 
@@ -44,9 +46,7 @@ class Loop:
         parts = groups(job.model, config.weight_decay, job.lr, self.head_lr)
         self.rates = [group["lr"] for group in parts]
         self.parameters: list[nn.Parameter] = [p for group in parts for p in group["params"]]
-        # One pass over memory per step, where torch has it: the flat buffers are plain tensors.
-        fused = all(p.device.type in ("cpu", "cuda") for p in self.parameters)
-        self.optimizer = torch.optim.AdamW(parts, lr=job.lr, fused=fused)
+        self.optimizer, self.note = optimizer(config.optimizer, parts, job.lr)
         self.constants = constants(job.model)
         self.at = state.Position()
         self.per_epoch = len(self.epoch(0))
@@ -109,9 +109,9 @@ class Loop:
     def evaluate(self, examples: Sequence[dict[str, Any]]) -> dict[str, float]:
         """Loss and the task's metrics of the adapter as it is now."""
         job, batch = self.job, self.config.batch_in_evaluation
-        return evaluate(
-            job.model, job.task, job.tokenizer, examples, batch, job.accelerator, job.autocast
-        )
+        giving = functools.partial(job.giving, examples)
+        how = (batch, job.accelerator, job.autocast, giving)
+        return evaluate(job.model, job.task, job.tokenizer, examples, *how)
 
     @property
     def kept(self) -> tuple[int, dict[str, float]]:
@@ -141,6 +141,7 @@ class Loop:
             ended = self.at.index == len(steps)
             last = self.at.step == self.total
             if last or self._due(self.config.evaluate_every, ended):
+                self._report()
                 self._check()
             if ended:
                 self.at.epoch, self.at.index = self.at.epoch + 1, 0
@@ -199,13 +200,15 @@ class Loop:
             rows = ", ".join(job.sources[i] for micro in step for i in micro)
             raise TrainingError(f"No target in a whole step: {rows}.")
         loss = torch.zeros((), device=device)
-        for batch, count in zip(batches, counts, strict=True):
-            if count:  # the mean over no target is not a number
+        for some, batch, count in zip(mine, batches, counts, strict=True):
+            if not count:  # the mean over no target is not a number
+                continue
+            with job.giving(job.train, some):
                 with job.autocast():
                     given = inputs(job.task, batch, device, job.model.dtype)
                     part = job.task.loss(job.model(**given), batch) * (count / total)
                 part.backward()
-                loss += part.detach().float()
+            loss += part.detach().float()
         if accelerator.num_processes > 1:
             self._add_up()
             loss = accelerator.reduce(loss, "sum")
@@ -236,10 +239,18 @@ class Loop:
         elif self.life.settled:  # what a method has not settled yet is never kept
             self.at.stale += 1
             self.at.stopped = config.patience is not None and self.at.stale >= config.patience
-        epoch = round(self.at.epoch + self.at.index / self.per_epoch, 4)
         seconds = round(time.perf_counter() - start, 4)
-        job.record.add("validation", step=self.at.step, epoch=epoch, **metrics, seconds=seconds)
+        where = {"step": self.at.step, "epoch": self._epochs_done}
+        job.record.add("validation", **where, **metrics, seconds=seconds)
         job.screen.checked(self.at.step, metrics, better)
+
+    @property
+    def _epochs_done(self) -> float:
+        return round(self.at.epoch + self.at.index / self.per_epoch, 4)
+
+    def _report(self) -> None:
+        if found := self.life.report():
+            self.job.record.add("places", step=self.at.step, epoch=self._epochs_done, **found)
 
     def _save(self) -> None:
         if self.job.folder:

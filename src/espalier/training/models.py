@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from espalier.errors import CheckpointError, SettingError, nearest
+from espalier.errors import CheckpointError, EspalierError, SettingError, nearest
+from espalier.quantised import settle
 from espalier.shipped import SHIPPED, located
+from espalier.storage import stored
+from espalier.training import fewbits
 
 if TYPE_CHECKING:
+    from espalier.storage import Storage
     from espalier.tasks import Task
 
 
@@ -106,27 +110,39 @@ def checkpointed(model: Any, on: bool) -> Iterator[None]:
         model.config.use_cache = before
 
 
-def load_model(name: str, task: Task, tokenizer: Any, dtype: torch.dtype) -> tuple[Any, list[str]]:
+def load_model(
+    name: str, task: Task, tokenizer: Any, dtype: torch.dtype, storage: Storage | None = None
+) -> tuple[Any, list[str]]:
     """A model for the task, and the modules that no checkpoint filled: its new head.
+
+    With `storage` its layers are quantised weight by weight as they are read.
 
     Raises:
         CheckpointError: there is no such model, here or on the hub, or none of the task's kind.
+        SettingError: it is to be quantised and cannot be.
     """
     import transformers
 
     name = _found(name)
-    auto = getattr(transformers, task.auto_model)
+    auto, settings = getattr(transformers, task.auto_model), task.model_settings()
     try:
-        model, info = auto.from_pretrained(
-            name,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # a head for other labels is made anew
-            **task.model_settings(),
-        )
+        if storage is not None:
+            model, info = fewbits.loaded(auto, name, settings, storage, dtype)
+        else:
+            model, info = auto.from_pretrained(
+                name,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # a head for other labels is made anew
+                **settings,
+            )
+    except EspalierError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(_missing(name, f"model for the task {task.name}", error)) from error
     set_padding(model, tokenizer)
+    if storage is None and stored(model) is not None:  # the files hold it so
+        settle(model, dtype)
     new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     return model, sorted({key.rpartition(".")[0] for key in new})
 

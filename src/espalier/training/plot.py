@@ -1,4 +1,8 @@
-"""The picture of a run: loss and the task's metric over steps, from metrics.jsonl to loss.png."""
+"""The pictures of a run, from metrics.jsonl.
+
+loss.png has loss and the task's metric over steps. Where a method told of each place while it
+trained, a picture with the name of what it told (rank.png) has it by layer and role over steps.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +53,60 @@ def draw(history: Sequence[dict[str, Any]], metric: str, path: Path) -> None:
             [c["step"] for c in scored], [c[metric] for c in scored], "o-", color="#2b7a4b"
         )
         axes[1].set(xlabel="step", ylabel=f"validation {metric}")
+    _write(figure, path)
+
+
+def draw_places(history: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Write what was told of each place over time, one picture for each kind of number."""
+    lines = [line for line in history if line["kind"] == "places"]
+    names = dict.fromkeys(key for line in lines for key in line if isinstance(line[key], list))
+    return [_draw_place(name, lines, folder / f"{name}.png") for name in names]
+
+
+def _draw_place(name: str, lines: Sequence[dict[str, Any]], path: Path) -> Path:
+    """One panel per stack and role: steps from left to right, layers upwards, numbers as shades."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    told = [line for line in lines if name in line]
+    panels = list(dict.fromkeys((stack, role) for stack, _, role, _ in told[-1][name]))
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3 * columns + 1, 2.2 * rows + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    top = max(number for line in told for *_, number in line[name])
+    several = len({stack for stack, _ in panels}) > 1
+    shades = None
+    for at, (stack, role) in zip(axes, panels, strict=False):
+        layers, table = _table(told, name, stack, role)
+        shades = at.imshow(table, aspect="auto", origin="lower", vmin=0, vmax=top or 1)
+        at.set_title(f"{stack} {role}" if several else role, fontsize="small")
+        some = range(0, len(layers), max(1, len(layers) // 8))
+        at.set_yticks(some, ["" if layers[i] is None else str(layers[i]) for i in some])
+        few = range(0, len(told), max(1, len(told) // 4))
+        at.set_xticks(few, [str(told[i]["step"]) for i in few])
+        at.tick_params(labelsize="x-small")
+    for at in axes[len(panels) :]:
+        at.set_axis_off()
+    figure.supxlabel("step", fontsize="small")
+    figure.supylabel("layer", fontsize="small")
+    figure.colorbar(shades, ax=list(axes), label=name)  # pyright: ignore[reportArgumentType]
+    _write(figure, path)
+    return path
+
+
+def _table(
+    told: Sequence[dict[str, Any]], name: str, stack: str, role: str
+) -> tuple[list[int | None], list[list[float]]]:
+    """The layers of a role, and the numbers of each over time; the mean where it has several."""
+    here = [[(at, n) for s, at, r, n in line[name] if (s, r) == (stack, role)] for line in told]
+    layers = list(dict.fromkeys(layer for layer, _ in here[0]))
+    numbers = [[[n for at, n in line if at == layer] for line in here] for layer in layers]
+    return layers, [[sum(some) / len(some) for some in over] for over in numbers]
+
+
+def _write(figure: Any, path: Path) -> None:
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=110)
     os.replace(temporary, path)

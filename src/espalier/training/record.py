@@ -2,6 +2,9 @@
 
     {"kind": "train", "step": 7, "epoch": 0.4, "loss": ..., "lr": ..., "grad_norm": ..., ...}
     {"kind": "validation", "step": 10, "epoch": 0.5, "loss": ..., "accuracy": ..., "seconds": ...}
+    {"kind": "places", "step": 10, "epoch": 0.5, "rank": [["encoder", 0, "attention.q", 8], ...]}
+
+The last is what a method that lives while it trains has to tell of each place.
 
 Everything but TIME_FIELDS is the same in a run that was killed and resumed.
 """

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.table import Table
 
+from espalier.quantised import measure
 from espalier.recipes import Recipe
 from espalier.training.card import commands
 from espalier.training.loop import Loop
@@ -41,6 +43,22 @@ def plan(loop: Loop, data: TaskData, parts: Recipe, account: Mapping[str, Any]) 
         *data.notes,
         f"{parts} · trains {trained:,} of {account['total']:,} parameters ({share:.2%})",
         f"{length} of {size} examples · {rate}",
+        *([] if loop.note is None else [loop.note]),
+        *in_few_bits(loop.job.model),
+    ]
+
+
+def in_few_bits(model: Any) -> list[str]:
+    """A line on what a quantised base takes, by arithmetic and measured; none for others."""
+    found = measure(model)
+    if found is None:
+        return []
+    packed, rest = found.numbers
+    dtype = "fp32" if model.dtype == torch.float32 else "bf16 (norms in fp32)"
+    return [
+        f"base in {found.storage}: {packed:,} numbers at {found.storage.bits:.3f} bits and "
+        f"{rest:,} in {dtype}: {in_words(found.total)} by arithmetic, "
+        f"{in_words(found.measured or 0)} measured ({in_words(found.dense)} unquantised)"
     ]
 
 

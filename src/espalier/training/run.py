@@ -68,7 +68,7 @@ def train(config: RunConfig) -> RunResult:
         half = precision == "bf16" and not parts.trains_base
         dtype = torch.bfloat16 if half else torch.float32
         randomness.seed_all(config.seed)  # the new head starts the same in every process
-        model, new = models.load_model(config.model, data.task, tokenizer, dtype)
+        model, new = models.load_model(config.model, data.task, tokenizer, dtype, config.storage)
         return go(Material(config, model, tokenizer, data, encoded, out), parts, "default", new)
 
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from espalier.errors import CheckpointError, SettingError
 from espalier.training import randomness
 from espalier.training.config import DECISIVE, RunConfig
+from espalier.training.optimizers import moments, put_moments
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -183,12 +184,9 @@ def restore(
                 if saved is None or saved.shape != tensor.shape:
                     raise CheckpointError(f"The state {state} was written for another adapter.")
                 tensor.copy_(saved)
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        if key.startswith("optimizer."):
-            _, i, name = key.split(".", 2)
-            moments.setdefault(int(i), {})[name] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    mark = "optimizer."
+    remembered = {k.removeprefix(mark): t for k, t in tensors.items() if k.startswith(mark)}
+    put_moments(optimizer, remembered)
     randomness.read(state / f"random-{process}.safetensors")
     best = [tensors[f"best.{i}"] for i in range(len(parameters)) if f"best.{i}" in tensors]
     return best or None
@@ -212,8 +210,7 @@ def _tensors(
     out = {f"adapter.{i}": p.detach() for i, p in enumerate(parameters)}
     out |= {f"constant.{i}": tensor for i, tensor in enumerate(constants)}
     out |= {f"best.{i}": tensor for i, tensor in enumerate(best or ())}
-    for i, moments in optimizer.state_dict()["state"].items():
-        out |= {f"optimizer.{i}.{name}": tensor for name, tensor in moments.items()}
+    out |= {f"optimizer.{label}": tensor for label, tensor in moments(optimizer).items()}
     return {key: tensor.cpu().contiguous() for key, tensor in out.items()}
 
 

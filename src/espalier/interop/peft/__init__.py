@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from espalier.adapter import Adapter
 from espalier.errors import CheckpointError
 from espalier.graft import Graft
-from espalier.interop.peft import ia3, lora, norms, prefix, prompt
+from espalier.interop.peft import adalora, ia3, lora, norms, prefix, prompt
 from espalier.interop.peft.files import Kind, open_folder, write_folder
 from espalier.interop.peft.whole import saved_whole
 
 KINDS: dict[str, Kind] = {
     "LORA": lora.KIND,
+    "ADALORA": adalora.KIND,
     "IA3": ia3.KIND,
     "LN_TUNING": norms.KIND,
     "PREFIX_TUNING": prefix.KIND,
