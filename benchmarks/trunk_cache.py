@@ -65,7 +65,10 @@ def contenders(high: int) -> dict[str, tuple[str, dict[str, Any]]]:
         BASE: ("LoRA()", {}),
         f"LoRA, top {high} layers": (top, {}),
         f"LoRA, top {high} layers, cached": (top, memory),
-        f"top {high} layers themselves, cached": (f"PartialTuning(sites='block@last{high}')", memory),
+        f"top {high} layers themselves, cached": (
+            f"PartialTuning(sites='block@last{high}')",
+            memory,
+        ),
         "head alone, cached": ("HeadOnly()", memory),
         "ladder": ("LadderSideTuning()", {}),
         "ladder, cached": ("LadderSideTuning()", memory),

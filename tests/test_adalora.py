@@ -435,6 +435,8 @@ def test_our_folder_there(case: Case, form: str, tmp_path: Path) -> None:
     again = case.make()
     esp.load(again, tmp_path, "again")
     assert torch.allclose(logits(again, asked(case)), expected, atol=1e-5)
+    assert len(adapter_of(again, "again").recipe.methods) == 1
+    assert esp.account(again, "again").rank == esp.account(ours, "mine").rank
 
 
 def test_a_fresh_one_trains_on_there(tmp_path: Path) -> None:

@@ -19,7 +19,9 @@ from transformers.models.llama.modeling_llama import (
 )
 
 import espalier as esp
+import tiny_runs
 from espalier.errors import AdapterError, SettingError, SiteError
+from espalier.plain.ladder import Ladder
 from zoo import BY_NAME, VOCAB, logits, train
 
 SMALL: dict[str, Any] = {
@@ -387,6 +389,22 @@ def test_fisher_chooses_by_gradients_and_refuses_once_trained() -> None:
     train(model, batches[0])
     with pytest.raises(AdapterError, match="trained already"):
         esp.calibrate(model, "l", batches)
+
+
+def test_the_trainer_lets_data_choose_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    own = Ladder.calibrate
+
+    def calibrate(delta: Ladder, squares: Any) -> None:
+        told.append(delta.site.path)
+        own(delta, squares)
+
+    monkeypatch.setattr(Ladder, "calibrate", calibrate)
+    rows = [{"source": r["prompt"], "target": r["completion"]} for r in tiny_runs.sums(8)]
+    recipe = "LadderSideTuning(reduction=4, init='fisher')"
+    how: dict[str, Any] = {"epochs": 1, "batch": 4, "threads": 1, "quiet": True}
+    esp.fit(tiny_runs.t5(), tiny_runs.tokenizer("t5"), rows, recipe, **how)
+    assert told == ["encoder.final_layer_norm", "decoder.final_layer_norm"]
 
 
 def test_random_starts_are_the_models_own_and_norms_follow_them() -> None:

@@ -93,14 +93,16 @@ _MODULES = {
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "IA3", "AdaLoRA", "Batch", "BitFit", "Call", "Compacter", "Delta", "DiffPruning", "EspalierError", "FullTuning",
-    "HeadOnly", "InContext", "IntrinsicSAID", "Kept", "LadderSideTuning", "Lifecycle", "LoRA", "Method", "PTuning", "PTuningV2", "ParallelAdapter",
-    "PartialTuning", "PrefixTuning", "PromptTuning", "Recipe", "Regime", "RunConfig", "RunResult", "SPoT",
-    "SerialAdapter", "Site", "Sites", "Tensors", "Trained", "account", "activate", "active",
-    "attach", "calibrate", "dead_sites", "dequantize", "detach", "errors", "fit", "freeze", "gates", "groups",
-    "in_context", "intrinsic_dimension", "load", "merge", "parameters", "prefix_from_text", "prompt_similarity", "quantize", "rank_prompts", "ranks",
-    "read_card", "read_prompt", "recipe", "save", "sites", "skip_layers", "thaw", "to_plain",
-    "train", "unmerge", "write_merged",
+    "IA3", "AdaLoRA", "Batch", "BitFit", "Call", "Compacter", "Delta", "DiffPruning",
+    "EspalierError", "FullTuning", "HeadOnly", "InContext", "IntrinsicSAID", "Kept",
+    "LadderSideTuning", "Lifecycle", "LoRA", "Method", "PTuning", "PTuningV2", "ParallelAdapter",
+    "PartialTuning", "PrefixTuning", "PromptTuning", "Recipe", "Regime", "RunConfig", "RunResult",
+    "SPoT", "SerialAdapter", "Site", "Sites", "Tensors", "Trained", "account", "activate", "active",
+    "attach", "calibrate", "dead_sites", "dequantize", "detach", "errors", "fit", "freeze", "gates",
+    "groups", "in_context", "intrinsic_dimension", "load", "merge", "parameters",
+    "prefix_from_text", "prompt_similarity", "quantize", "rank_prompts", "ranks", "read_card",
+    "read_prompt", "recipe", "save", "sites", "skip_layers", "thaw", "to_plain", "train", "unmerge",
+    "write_merged",
 ]  # fmt: skip
 
 

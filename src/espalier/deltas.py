@@ -169,7 +169,7 @@ class Delta:
     def __init__(self, site: Site, **trained: Trained) -> None:
         self.site = site
         self.trained = trained
-        self.aside = {key for key, n in trained.items() if isinstance(n, Kept) and n.aside}
+        self.aside = tuple(k for k, n in trained.items() if isinstance(n, Kept) and n.aside)
         self.t: dict[str, Tensor] = {}  # views of the adapter's buffers, put here by the adapter
         self.watches: tuple[str, ...] = ()
         self.seen: dict[str, Call] = {}

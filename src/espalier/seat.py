@@ -144,7 +144,7 @@ class Seat:
             x = _given(args, kwargs)
             for delta, weight in live:
                 if type(delta).after is not Delta.after:
-                    if self.path in delta.watches:
+                    if delta.watches and self.path in delta.watches:  # else blocks share a graph
                         delta.seen[self.path] = self._call(live, args, kwargs, y)
                     y = self._after(delta, weight, x, y)
             return y if isinstance(result, Tensor) else (y, *result[1:])

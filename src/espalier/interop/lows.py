@@ -6,6 +6,7 @@ low-rank deltas on one layer become one of the summed rank. Both are exact.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -124,7 +125,7 @@ def _lengths(host: nn.Module, site: Site) -> Tensor:
 def loras(
     places: Sites, layers: Mapping[str, tuple[int, float]], bias: str = "none", **settings: Any
 ) -> Recipe:
-    """One LoRA for each (rank, alpha) that occurs, with a selector that names its layers.
+    """One LoRA where all layers have one scale, else one for each (rank, alpha) that occurs.
 
     Args:
         places: All places of the model.
@@ -135,6 +136,14 @@ def loras(
     kinds: dict[tuple[int, float], list[str]] = {}
     for path, kind in layers.items():
         kinds.setdefault(kind, []).append(path)
+    power = 0.5 if settings.get("rslora") else 1.0
+    (rank, alpha), others = next(iter(kinds)), [*kinds][1:]
+    same = (math.isclose(a / r**power, alpha / rank**power, rel_tol=1e-9) for r, a in others)
+    if others and all(same):
+        where = selector(places, layers)
+        ranks = tuple(layers[site.path][0] for site in places.select(where))
+        one = LoRA(rank=rank, alpha=alpha, bias=bias, sites=where, ranks=ranks, **settings)
+        return Recipe((one,))
     return Recipe(
         tuple(
             LoRA(

@@ -5,6 +5,7 @@ metrics.jsonl  a line per step          README.md   the model card
 loss.png       the picture              log.txt     what libraries had to say
 result.json    once it is finished      state/      for resuming, until it is finished
 adapter-as-trained/   where the adapter trained in a richer form than it serves in
+rank.png       what a method told of each place while it trained, here its rank
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +31,7 @@ from espalier.routes import encoders
 from espalier.training import trunk_store as store
 from espalier.training.evaluate import evaluating, inputs
 from espalier.training.memory import in_words
+from espalier.training.progress import duration
 from espalier.training.state import fingerprint
 from espalier.trunk import Cut, Replay, State, cut
 from espalier.verbs import only_active
@@ -138,10 +140,12 @@ class TrunkCache:
 
     def fill(self) -> None:
         """Run the trunk over every example, or find the states on disk."""
+        start = time.perf_counter()
         for examples, layout in self.layouts:
             on_disk = self.job.config.trunk_cache == "disk"
             data = self._on_disk(examples, layout) if on_disk else self._run(examples, layout)
             self.stores.append((examples, store.Store(layout, data)))
+        self.job.screen.say(f"trunk cache: ready in {duration(time.perf_counter() - start)}")
 
     # --------------------------------------------------------------------------------- preparing it
 
@@ -216,16 +220,10 @@ class TrunkCache:
 
             free, where = psutil.virtual_memory().available, "of memory are free; use disk"
         else:
-            self._make_root()
-            free, where = shutil.disk_usage(self.root).free, f"are free in {self.root}"
+            there = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
+            free, where = shutil.disk_usage(there).free, f"are free in {self.root}"
         if size > _MARGIN * free:
             raise SettingError(f"{takes}, and {in_words(free)} {where}, or {ways}")
-
-    def _make_root(self) -> None:
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"trunk_folder {self.root} cannot be made: {error}") from error
 
     # ----------------------------------------------------------------------------------- filling it
 
@@ -268,8 +266,9 @@ class TrunkCache:
     def _write(self, examples: Examples, layout: store.Layout, writing: Path) -> None:
         accelerator = self.job.accelerator
         if accelerator.is_main_process:
+            self.root.mkdir(parents=True, exist_ok=True)
             store.make_room(self.root, layout.bytes, self.job.config.trunk_limit * 1e9)
-            writing.mkdir(parents=True)
+            writing.mkdir()
         accelerator.wait_for_everyone()
         spans = range(len(layout.spans()))
         for number in spans[accelerator.process_index :: accelerator.num_processes]:

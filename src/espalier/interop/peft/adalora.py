@@ -38,6 +38,7 @@ KNOWN = LORA_KNOWN - {"alpha_pattern", "use_dora", "use_rslora"} | {
 }  # fmt: skip
 _WORDS = {".lora_A": "q", ".lora_B": "p", ".lora_E": "e"}
 _MORE = 1e-5  # what peft adds to the rank that it divides by
+_SLACK = 1e-6  # a share of steps that is whole but for rounding
 _STEPS = 1000  # of a schedule whose length is not known any more
 
 
@@ -94,8 +95,8 @@ def _schedule(method: AdaLoRA, steps: int) -> dict[str, Any]:
         "deltaT": method.interval,
         "orth_reg_weight": method.orthogonality,
         "target_r": method.target,
-        "tfinal": round(method.end * steps),
-        "tinit": round(method.start * steps),
+        "tfinal": int(method.end * steps + _SLACK),
+        "tinit": int(method.start * steps + _SLACK),
         "total_step": steps,
     }
 
