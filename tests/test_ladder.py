@@ -318,8 +318,15 @@ def test_bert_starts_from_exact_rows_of_its_heaviest_heads_and_features() -> Non
         assert torch.equal(side["output.dense.weight"], w["output.dense.weight"][stream][:, f])
         norm = "attention.output.LayerNorm.weight"
         assert torch.equal(side[norm], w[norm][stream])
-    assert t["up.weight"].std() == pytest.approx(0.01, rel=0.2)
-    assert t["down.1.weight"].std() == pytest.approx(0.01, rel=0.2)
+    for name in ("down.0.weight", "down.2.weight", "up.weight"):
+        start = t[name].T if name == "up.weight" else t[name]
+        rest = start - torch.eye(32)[stream]
+        assert rest.std() == pytest.approx(0.01, rel=0.2)
+    esp.attach(model, "LadderSideTuning(reduction=2, projections='random')", "l2", head=False)
+    esp.activate(model, None)
+    plain = dict(model.get_submodule("espalier.@l2").named())  # type: ignore[operator]
+    starts = [v for n, v in plain.items() if n.endswith(("up.weight", "down.1.weight"))]
+    assert all(v.std() == pytest.approx(0.01, rel=0.2) for v in starts)
     assert not any(t[n].any() for n in ("gates", "up.bias", "down.0.bias"))
 
 
@@ -386,6 +393,7 @@ def test_fisher_chooses_by_gradients_and_refuses_once_trained() -> None:
     norm = model.get_parameter(f"bert.encoder.layer.0.{name}")
     assert torch.equal(after, norm[topmost(total, 16)])
     assert not torch.equal(before, after)
+    assert torch.equal(numbers(model)["down.1.weight"].argmax(1), topmost(total, 16))
     train(model, batches[0])
     with pytest.raises(AdapterError, match="trained already"):
         esp.calibrate(model, "l", batches)
@@ -502,7 +510,14 @@ def test_places_where_it_cannot_stand_say_why() -> None:
         with pytest.raises(SiteError, match=why):
             esp.attach(model, recipe, "l")
         assert "espalier" not in model._modules
-    for setting in ("reduction=1", "init='best'", "temperature=0", "dropout=1.0", "recompute=2"):
+    for setting in (
+        "reduction=1",
+        "init='best'",
+        "temperature=0",
+        "dropout=1.0",
+        "recompute=2",
+        "projections='no'",
+    ):
         with pytest.raises(SettingError, match=setting.partition("=")[0]):
             esp.recipe(f"LadderSideTuning({setting})")
 

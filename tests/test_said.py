@@ -288,4 +288,16 @@ def test_what_cannot_be_is_said() -> None:
         esp.attach(Two(), esp.IntrinsicSAID(dimension=3))
     with pytest.raises(SiteError, match="matches"):
         esp.attach(Two(), esp.IntrinsicSAID(sites="nothing.like.it"))
-    assert esp.IntrinsicSAID(dimension=10_000).learning_rate == pytest.approx(1e-3)
+
+
+def test_a_step_is_as_bold_in_any_dimension() -> None:
+    """The first step's gain, to first order, is the rate times the sum of |∂loss/∂x|."""
+    case, gains = BY_NAME["llama"], []
+    for dimension in (400, 1600, 6400):
+        model, method = case.make(), esp.IntrinsicSAID(dimension=dimension)
+        esp.attach(model, method)
+        model(**case.batch()).loss.backward()
+        grad = esp.parameters(model)[0].grad
+        assert grad is not None
+        gains.append(method.learning_rate * float(grad.abs().sum()))
+    assert max(gains) < 1.3 * min(gains)

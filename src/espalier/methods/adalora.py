@@ -54,7 +54,7 @@ class AdaLoRA(Method):
         beta2: How slowly the mean of its uncertainty follows.
     """
 
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 2e-3
 
     rank: int = 12
     target: int = 8

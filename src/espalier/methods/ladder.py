@@ -7,10 +7,11 @@ detached; what comes out at the top takes the place of the stack's own end, befo
 Dᵢ (d/r, d), U (d, d/r), a (L,). In an encoder-decoder the side's decoder reads the side's encoder.
 The base runs without a graph, so training keeps only the narrow blocks' activations and the hᵢ.
 
-D and U start at N(0, 0.01²), a at 0, and the narrow blocks as parts of the base's: the rows and
-columns with the largest importance, head by head. A fresh ladder changes the model, since U is
-random before a head that is not. The paper's gate weighs the base's states, its program's (and
-this one) the side's: at the start both are ½.
+The narrow blocks start as parts of the base's: the rows and columns with the largest importance,
+head by head; D takes, and U puts back, the dimensions of the stream that these were cut from (the
+paper's D and U start at N(0, 0.01²) and learn slowly); a is 0. A fresh ladder changes the model.
+The paper's gate weighs the base's states, its program's (and this one) the side's: at the start
+both are ½.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from espalier.plain.ladder_stack import Form, ladders
 from espalier.recipes import Method, check
 
 INITS = ("magnitude", "fisher", "random")
+PROJECTIONS = ("select", "random")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class LadderSideTuning(Method):
         init: How narrow blocks start: the base's numbers with the largest |w| ("magnitude") or
             Fisher information ("fisher": `esp.calibrate` chooses them on data, which the trainer
             calls; until then as by magnitude), or anew ("random").
+        projections: How D and U start: "select" as the chosen dimensions, plus N(0, 0.01²), or
+            "random", N(0, 0.01²) alone, as they do with init="random", too.
         temperature: T of the gates.
         dropout: Before U, in training only; within narrow blocks it is the base's.
         recompute: Run the narrow blocks again in the backward pass: their activations are not kept
@@ -49,6 +53,7 @@ class LadderSideTuning(Method):
 
     reduction: int = 8
     init: str = "magnitude"
+    projections: str = "select"
     temperature: float = 0.1
     dropout: float = 0.0
     recompute: bool = False
@@ -58,6 +63,8 @@ class LadderSideTuning(Method):
         whole = type(self.reduction) is int and self.reduction >= 2
         check(self, "reduction", whole, "a whole number of at least 2")
         check(self, "init", self.init in INITS, f"one of {', '.join(INITS)}")
+        known = self.projections in PROJECTIONS
+        check(self, "projections", known, f"one of {', '.join(PROJECTIONS)}")
         warm = isinstance(self.temperature, int | float) and self.temperature > 0
         check(self, "temperature", warm, "above 0")
         share = isinstance(self.dropout, int | float) and 0 <= self.dropout < 1
@@ -72,5 +79,6 @@ class LadderSideTuning(Method):
 
     def deltas(self, model: nn.Module, places: Sites) -> list[Delta]:
         """One ladder per stack."""
-        form = Form(self.reduction, self.temperature, self.dropout, self.init, self.recompute)
+        widths = (self.reduction, self.temperature, self.dropout)
+        form = Form(*widths, self.init, self.projections, self.recompute)
         return ladders(model, places, self.sites, form)

@@ -57,8 +57,9 @@ class IntrinsicSAID(Method):
         check(self, "seed", seed, "a whole number")
         check(self, "structure", isinstance(self.structure, bool), "True or False")
         check(self, "sites", isinstance(self.sites, str), "a selector such as 'attention.*'")
-        # Adam moves every coordinate by the rate: this makes a step of x as long for any dimension.
-        object.__setattr__(self, "learning_rate", round(0.1 / self.dimension**0.5, 6))
+        # Adam moves every coordinate by the rate r, and the loss by r · |∂loss/∂x|₁ ~ r · d: this
+        # makes a step as bold for any dimension.
+        object.__setattr__(self, "learning_rate", min(0.02, 2 / self.dimension))
 
     def deltas(self, model: nn.Module, places: Sites) -> list[Delta]:
         """One delta per module that owns selected parameters; a tied tensor moves once."""

@@ -113,6 +113,7 @@ class Ladder(Delta):
         self.ends = "up.weight" in numbers
         self.mark = uuid.uuid4().hex
         self.pruning: Pruning | None = None  # where data choose what the side starts from
+        self.selects = False  # whether projections start from the choice, too
         self.watches = tuple(dict.fromkeys((first, *(path for path, _ in kept))))
 
     def begin(self, batch: Batch) -> None:
@@ -214,4 +215,9 @@ class Ladder(Delta):
         if self.norm is not None:
             for name, _ in self.norm.named_parameters():
                 self.pruning.end(name, self.t[f"norm.{name}"].data)
+        for name in [n for n in self.trained if n.endswith(".weight") and self.selects]:
+            if name.startswith("down."):
+                self.pruning.down(self.t[name].data)
+            elif name == "up.weight":
+                self.pruning.up(self.t[name].data)
         self.pruning.squares = None  # as large as the model

@@ -117,6 +117,15 @@ class Pruning:
         weight = _taken(_taken(weight, 0, rows), 1, columns)
         view.copy_(weight.T if sites[0].kind == "conv1d" else weight)
 
+    def down(self, view: Tensor) -> None:
+        """Fill a projection (d/r, d) into the side: it takes the side's dimensions as they are."""
+        near_zero(view)
+        view[torch.arange(len(view), device=view.device), self.stream.to(view.device)] += 1
+
+    def up(self, view: Tensor) -> None:
+        """Fill the projection (d, d/r) out of the side: it puts them back where they were."""
+        self.down(view.T)
+
     def end(self, name: str, view: Tensor) -> None:
         """Fill a parameter of the side's last norm."""
         own = self._parameter(self.last, name)
@@ -269,6 +278,11 @@ class Pruning:
 
 
 _INSTEAD = "start the side anew instead, with init='random'"
+
+
+def near_zero(view: Tensor) -> None:
+    """N(0, 0.01²), the paper's start of projections into the side and out of it."""
+    view.normal_(std=0.01)
 
 
 def _label(site: Site) -> str:

@@ -167,6 +167,10 @@ class SideBlock:
         self.module = module.to("meta").requires_grad_(False).eval()
         self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
         self.keys = {name: prefix + name for name in self.shapes}
+        self.owners: dict[str, tuple[nn.Module, str]] = {}  # the module of each number, its name
+        for name in (*self.keys, *self.buffers):
+            path, _, own = name.rpartition(".")
+            self.owners[name] = (module.get_submodule(path), own)
         self.takes = names(module)
         self.head = head
         inner = list(module.modules())
@@ -198,7 +202,16 @@ class SideBlock:
                 setattr(module, name, at)
         held = {name: t[key] for name, key in self.keys.items()}
         held.update({name: b.to(v.device) for name, b in self.buffers.items()})
-        return functional_call(self.module, held, (), given)
+        if torch.compiler.is_compiling():
+            return functional_call(self.module, held, (), given)
+        try:  # the same, without its search for tied parameters in every call
+            for name, tensor in held.items():
+                owner, own = self.owners[name]
+                owner.__dict__[own] = tensor
+            return self.module(**given)
+        finally:
+            for owner, own in self.owners.values():
+                owner.__dict__.pop(own, None)
 
     def _angles(self, given: Any) -> Any:
         """Cosines and sines (…, R) of the frequencies that the narrow heads have."""

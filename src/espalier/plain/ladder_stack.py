@@ -15,7 +15,7 @@ from espalier.errors import SiteError
 from espalier.modules import base_modules
 from espalier.places import Site, Sites
 from espalier.plain.ladder import Bridge, Ladder
-from espalier.plain.ladder_prune import Part, Pruning
+from espalier.plain.ladder_prune import Part, Pruning, near_zero
 from espalier.plain.ladder_side import (
     SideBlock,
     config_of,
@@ -37,6 +37,7 @@ class Form:
         temperature: T.
         dropout: Share dropped before U, in training only.
         init: "magnitude", "fisher" or "random".
+        projections: "select" or "random".
         recompute: Whether side blocks run again in the backward pass.
     """
 
@@ -44,6 +45,7 @@ class Form:
     temperature: float
     dropout: float
     init: str
+    projections: str
     recompute: bool
 
 
@@ -174,9 +176,11 @@ class _Built:
     def ladder(self, bridge: Bridge | None, ends: bool) -> Ladder:
         """The delta. `ends`: whether its output takes the place of the stack's."""
         stack, form, (wide, small) = self.stack, self.form, self.widths
+        select = form.projections == "select" and form.init != "random"
+        down, up = (self.pruning.down, self.pruning.up) if select else (near_zero, near_zero)
         numbers = {"gates": Trained((len(stack.blocks),))}
         for i in range(len(stack.kept) + 1):
-            numbers[f"down.{i}.weight"] = Trained((small, wide), _near_zero)
+            numbers[f"down.{i}.weight"] = Trained((small, wide), down)
             numbers[f"down.{i}.bias"] = Trained((small,))
         for i, side in enumerate(self.blocks):
             fresh = cache(partial(self._anew, i))
@@ -189,14 +193,14 @@ class _Built:
                 start = partial(self.pruning.end, name)
                 numbers[f"norm.{name}"] = Trained((small,), start)
         if ends:
-            numbers["up.weight"] = Trained((wide, small), _near_zero)
+            numbers["up.weight"] = Trained((wide, small), up)
             numbers["up.bias"] = Trained((wide,))
         settings = (form.temperature, form.dropout, form.recompute)
         first = stack.blocks[0].path
         delta = Ladder(stack.end, first, self.kept, self.blocks, norm, settings, bridge, numbers)
         if form.init == "fisher":
             self._refuse_packed()
-            delta.pruning, delta.measures = self.pruning, True
+            delta.pruning, delta.measures, delta.selects = self.pruning, True, select
         return delta
 
     def _start(
@@ -247,8 +251,3 @@ class _Built:
                         f"{packed.path} holds {packed.bits}-bit weights, which have no gradient "
                         "for init='fisher'; take 'magnitude' or 'random'"
                     )
-
-
-def _near_zero(view: Tensor) -> None:
-    """N(0, 0.01²), as the projections in and out of the side start."""
-    view.normal_(std=0.01)

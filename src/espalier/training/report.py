@@ -55,10 +55,12 @@ def in_few_bits(model: Any) -> list[str]:
         return []
     packed, rest = found.numbers
     dtype = "fp32" if model.dtype == torch.float32 else "bf16 (norms in fp32)"
+    taken, counted, dense = (
+        f"{size / 1e6:,.1f} MB" for size in (found.total, found.measured or 0, found.dense)
+    )
     return [
         f"base in {found.storage}: {packed:,} numbers at {found.storage.bits:.3f} bits and "
-        f"{rest:,} in {dtype}: {in_words(found.total)} by arithmetic, "
-        f"{in_words(found.measured or 0)} measured ({in_words(found.dense)} unquantised)"
+        f"{rest:,} in {dtype}: {taken} by arithmetic, {counted} measured ({dense} unquantised)"
     ]
 
 
