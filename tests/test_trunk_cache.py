@@ -94,7 +94,15 @@ def fit(name: str, **settings: Any) -> Fitted:
     """A model and its result, three epochs of batches with padding."""
     make, words, rows, method, more, _ = CASES[name]
     model = make()
-    shared = {"epochs": 3, "batch": 4, "lr": 0.01, "threads": 1, "quiet": True, **more}
+    shared = {
+        "epochs": 3,
+        "validation_share": 0.25,
+        "batch": 4,
+        "lr": 0.01,
+        "threads": 1,
+        "quiet": True,
+        **more,
+    }
     result = esp.fit(model, tiny.tokenizer(words), rows(20), method, **{**shared, **settings})
     return model, result
 

@@ -30,8 +30,13 @@ class Places:
         self.job = job
         self.dead = set(dead_sites(job.model))  # all of them, before the first backward pass
 
+    def look(self, step: int) -> None:
+        """Look at the gradients of the loss alone, in step number `step` (from 0)."""
+        if self.dead and step < _WATCHED:
+            self.dead &= set(dead_sites(self.job.model))
+
     def check(self, step: int, total: int, norm: float) -> None:
-        """Look at the gradients of step number `step` (from 0) of `total`.
+        """Judge what was looked at up to step number `step` of `total`.
 
         Raises:
             TrainingError: no place had a gradient in this step, or some had none in all of the
@@ -39,8 +44,7 @@ class Places:
         """
         if not self.dead or step >= _WATCHED:
             return
-        self.dead &= set(dead_sites(self.job.model))
-        if not self.dead or (norm != 0 and step + 1 < min(_WATCHED, total)):
+        if norm != 0 and step + 1 < min(_WATCHED, total):
             return
         names = sorted(self.dead)
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""

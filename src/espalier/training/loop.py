@@ -212,6 +212,7 @@ class Loop:
         if accelerator.num_processes > 1:
             self._add_up()
             loss = accelerator.reduce(loss, "sum")
+        self.places.look(self.at.step)
         self.life.penalise()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or float("inf"))
         return loss, norm, tokens  # type: ignore[return-value]
