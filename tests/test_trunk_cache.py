@@ -151,7 +151,7 @@ def test_training_on_kept_states_equals_training_with_the_trunk(
         called.clear()
         cached, found = fit(name, trunk_cache="memory", trunk_dtype="fp32")
         assert not called  # neither in the steps nor in the evaluations
-    assert (numbers(cached) - numbers(plain)).norm() < 1e-4 * numbers(plain).norm()
+    assert (numbers(cached) - numbers(plain)).norm() < 1e-3 * numbers(plain).norm()
     for split, metrics in expected.metrics.items():
         assert found.metrics[split] == pytest.approx(metrics, rel=1e-4, abs=1e-5)
     same = zoo.logits(cached, {"input_ids": zoo._ids() % 60, **_decoded(cached)})
