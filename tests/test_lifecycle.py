@@ -1,4 +1,4 @@
-"""What methods do while they train: any loop, the trainer and transformers.Trainer drive it alike."""
+"""What methods do while they train: any loop, the trainer and transformers.Trainer drive it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from espalier.recipes import Method
 from espalier.training import AdapterCallback
 from test_hf_trainer import trainer
 
-TOLD: list[tuple[str, int]] = []
+told: list[tuple[str, int]] = []
 
 
 class Pull(Regime):
@@ -32,11 +32,11 @@ class Pull(Regime):
         return 0.5 * 3.0 * torch.stack([d.t["b"].square().sum() for d in self.deltas]).sum()
 
     def before_step(self, step: int) -> None:
-        TOLD.append(("before", step))
+        told.append(("before", step))
         assert self.deltas[0].g["b"].shape == self.deltas[0].t["b"].shape
 
     def after_step(self, step: int) -> None:
-        TOLD.append(("after", step))
+        told.append(("after", step))
         self.deltas[0].t["a"].data.fill_(step)
         self.done = step
 
@@ -75,7 +75,7 @@ class Pulled(Method):
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    TOLD.clear()
+    told.clear()
     yield
     Method.registry.pop("Pulled", None)
     Method.registry["Pulled"] = Pulled
@@ -107,12 +107,12 @@ def test_an_optimiser_that_is_followed_gets_the_penaltys_gradient_and_tells_of_s
     torch.testing.assert_close(delta.t["b"].detach(), pulled)
     assert bool((delta.t["a"] == 1).all())
     optimiser.step()
-    assert TOLD == [("before", 1), ("after", 1), ("before", 2), ("after", 2)]
+    assert told == [("before", 1), ("after", 1), ("before", 2), ("after", 2)]
     assert life.settled
     assert delta.g == {}
     life.leave()
     optimiser.step()
-    assert len(TOLD) == 4
+    assert len(told) == 4
 
 
 def test_the_trainer_drives_it_once_per_optimiser_step_and_ends_in_the_plain_form(
@@ -123,7 +123,7 @@ def test_the_trainer_drives_it_once_per_optimiser_step_and_ends_in_the_plain_for
         model, tiny.tokenizer(), tiny.reviews(), Pulled(), steps=4, accumulate=2, batch=4,
         out=tmp_path / "run", quiet=True, evaluate_every=1,
     )  # fmt: skip
-    assert TOLD == [(what, step) for step in range(1, 5) for what in ("before", "after")]
+    assert told == [(what, step) for step in range(1, 5) for what in ("before", "after")]
     assert result.best["step"] == 4  # what is not settled is never the best
     card = esp.read_card(tmp_path / "run" / "adapter")
     assert card["recipe"][0]["method"] == "LoRA"
@@ -150,7 +150,7 @@ def test_transformers_trainer_drives_it_through_the_callback(tmp_path: Path) -> 
     esp.attach(model, Pulled(), "mine", head=["classifier"])
     run = trainer(model, tmp_path, [AdapterCallback()], max_steps=3, gradient_accumulation_steps=2)
     run.train()
-    assert TOLD == [(what, step) for step in range(1, 4) for what in ("before", "after")]
+    assert told == [(what, step) for step in range(1, 4) for what in ("before", "after")]
     assert esp.read_card(tmp_path / "adapter")["recipe"][0]["method"] == "LoRA"
     assert esp.read_card(tmp_path / "adapter-as-trained")["recipe"][0]["method"] == "Pulled"
 
