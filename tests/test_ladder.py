@@ -240,13 +240,13 @@ def saved(model: nn.Module, batch: dict[str, Tensor]) -> int:
 
 @pytest.mark.parametrize(
     ("make", "dropout", "most", "most_again"),
-    [(llama, 0.0, 0.25, 0.12), (bert, 0.0, 0.25, 0.12), (bert, 0.1, 0.4, 0.12)],
+    [(llama, 0.0, 0.25, 0.12), (bert, 0.0, 0.25, 0.12), (bert, 0.1, 0.25, 0.12)],
     ids=["llama", "bert", "bert-dropout"],
 )
 def test_saved_bytes_are_a_fraction_of_loras(
     make: Any, dropout: float, most: float, most_again: float
 ) -> None:
-    """With dropout of attention the CPU keeps scores (h, T, T), which no width divides."""
+    """Also where the base drops attention: its scores (h, T, T) are divided by no width."""
     changes: dict[str, Any] = {"hidden_size": 256, "num_hidden_layers": 6, "intermediate_size": 704}
     if make is bert:
         changes |= {"attention_probs_dropout_prob": dropout, "hidden_dropout_prob": dropout}

@@ -42,7 +42,8 @@ class LadderSideTuning(Method):
         projections: How D and U start: "select" as the chosen dimensions, plus N(0, 0.01²), or
             "random", N(0, 0.01²) alone, as they do with init="random", too.
         temperature: T of the gates.
-        dropout: Before U, in training only; within narrow blocks it is the base's.
+        dropout: Before U, in training only; within narrow blocks it is the base's, but
+            attention has none.
         recompute: Run the narrow blocks again in the backward pass: their activations are not kept
             either, for the time of one more pass through them.
         sites: The blocks beside which one stands: "block" for all; "block, !block@0+4+8" leaves

@@ -8,6 +8,7 @@ by r and rounded up, as many heads as before. It holds no numbers: they come wit
 from __future__ import annotations
 
 import inspect
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy, deepcopy
@@ -60,7 +61,7 @@ def config_of(modules: Mapping[str, nn.Module], path: str) -> Any:
 
 
 def narrowed(config: Any, path: str, block: nn.Module, reduction: int) -> Any:
-    """A copy of the configuration with smaller widths.
+    """A copy of the configuration with smaller widths, and without dropout of attention.
 
     Raises:
         SiteError: The stream's width cannot be divided so; says by what it can.
@@ -80,6 +81,10 @@ def narrowed(config: Any, path: str, block: nn.Module, reduction: int) -> Any:
         if isinstance(value, int) and name != config.attribute_map.get("hidden_size"):
             even = name in _HEAD and value % 2 == 0  # halves of a head turn against each other
             setattr(small, name, _divided(value, reduction, 2 if even else 1))
+    for name in (*small.__dict__, *small.attribute_map):
+        # Scores (h, T, T) are as large as the trunk's, and dropping some keeps all for backward.
+        if re.search(r"(attention|attn).*drop", name):
+            setattr(small, name, 0.0)
     return small
 
 
