@@ -460,3 +460,12 @@ def test_settings_of_a_quantised_run() -> None:
     model, words = tiny_runs.bert(), tiny_runs.tokenizer()
     with pytest.raises(esp.errors.SettingError, match=r"esp\.quantize"):
         esp.fit(model, words, tiny_runs.reviews(8), quantize="nf4")
+
+
+def test_a_ladder_takes_its_rows_from_weights_that_were_turned_to_be_packed() -> None:
+    found = []
+    for model in bases("gpt2", "nf4"):
+        torch.manual_seed(3)
+        esp.attach(model, "LadderSideTuning(reduction=2)", "mine")
+        found.append(logits(model, BY_NAME["gpt2"].batch()))
+    assert torch.allclose(*found, atol=1e-4)

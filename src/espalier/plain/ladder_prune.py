@@ -115,7 +115,7 @@ class Pruning:
             return
         weight = hosts.dense(self.modules[path], sites[0])
         weight = _taken(_taken(weight, 0, rows), 1, columns)
-        view.copy_(weight.T if sites[0].kind == "conv1d" else weight)
+        view.copy_(weight.T if part.side.turned(owner) else weight)
 
     def down(self, view: Tensor) -> None:
         """Fill a projection (d/r, d) into the side: it takes the side's dimensions as they are."""
@@ -181,13 +181,14 @@ class Pruning:
                     columns = self._columns(used[0], features)
                     found[owner] = Axes(_rows(used, features), columns)
                 elif known:
-                    found[owner] = self._plain(known[0], part.side.shapes[f"{owner}.weight"])
+                    found[owner] = self._plain(known[0], part.side, owner)
             self._axes[at] = found
         return self._axes[at]
 
-    def _plain(self, site: Site, shape: tuple[int, ...]) -> Axes:
+    def _plain(self, site: Site, side: SideBlock, owner: str) -> Axes:
         """The axes of a layer of no known role: the stream, or whole."""
-        small = shape[::-1] if site.kind == "conv1d" else shape
+        shape = side.shapes[f"{owner}.weight"]
+        small = shape[::-1] if side.turned(owner) else shape
         kept = []
         for wide, narrow in zip((site.n_out, site.n_in), small, strict=True):
             if wide != narrow and (wide, narrow) != self.widths:
@@ -263,8 +264,8 @@ class Pruning:
     def _ffn(self, at: int, out: Site, ways: Sequence[Site]) -> dict[tuple[str, str], Tensor]:
         """Hidden features of a feed-forward part, by what enters and what leaves them."""
         part = self.parts[at]
-        shape = part.side.shapes[f"{out.path[len(part.path) + 1 :]}.weight"]
-        small = shape[0] if out.kind == "conv1d" else shape[1]
+        owner = out.path[len(part.path) + 1 :]
+        small = part.side.shapes[f"{owner}.weight"][not part.side.turned(owner)]
         score = self._weights(out)[1]
         for way in ways:
             score = score * self._weights(way)[0]

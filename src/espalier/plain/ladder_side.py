@@ -186,6 +186,10 @@ class SideBlock:
                 "narrower block can read"
             )
 
+    def turned(self, owner: str) -> bool:
+        """Whether a layer keeps its weight as (in, out); the trunk's, in few bits, may not."""
+        return not isinstance(self.module.get_submodule(owner), nn.Linear)
+
     def run(
         self, t: Mapping[str, Tensor], call: Call, v: Tensor, instead: Mapping[str, Any], at: int
     ) -> Any:
