@@ -220,7 +220,7 @@ def test_the_penalty_is_the_mean_of_norms_and_no_part_of_the_loss() -> None:
     for delta in triplets(model):
         p, q = delta.t["p"].detach(), delta.t["q"].detach()
         norms += [torch.linalg.matrix_norm(g - torch.eye(4)) for g in (p.T @ p, q @ q.T)]
-    value = life.penalise()
+    value = float(life.penalise())
     assert value == pytest.approx(0.5 * float(torch.stack(norms).mean()), rel=1e-5)
     with_it = theirs(**batch).loss
     assert value == pytest.approx(with_it.item() - plain, abs=1e-5)

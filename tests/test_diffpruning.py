@@ -160,7 +160,7 @@ def test_the_penalty_is_the_papers_product_over_tied_tensors_once(structured: bo
         group = held["group"][name].double() if structured else torch.tensor([math.inf])
         want += 0.01 * float(alive * torch.sigmoid(group - shift))
     life = esp.Lifecycle(model, steps=10)
-    assert life.penalise() == pytest.approx(want, rel=1e-5)
+    assert float(life.penalise()) == pytest.approx(want, rel=1e-5)
     assert len(held["alpha"]) == len(base(GPT2.make()))  # the tied embedding has gates once
     assert esp.Lifecycle(settled(model), steps=10).penalise() == 0
 

@@ -104,3 +104,5 @@ def test_what_cannot_be_swept_is_said(tmp_path: Path) -> None:
         intrinsic_dimension(config, share=1.5)
     with pytest.raises(SettingError, match="validation data"):
         intrinsic_dimension(config.replace(validation_share=0.0))
+    with pytest.raises(SettingError, match="score is 0, of which there is no share"):
+        intrinsic_dimension(config.replace(validation="v"), full_score=0.0)

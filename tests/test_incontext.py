@@ -297,6 +297,8 @@ def test_what_cannot_be_is_said() -> None:
         esp.in_context(tiny.gpt2(), plain, data, esp.InContext(words=("good",)))
     with pytest.raises(SettingError, match="plain text"):
         Prompts(Causal({"text": "text"}), plain, esp.InContext(), False, None)
+    with pytest.raises(SettingError, match="limit must be"):
+        esp.in_context(tiny.llama(), tiny.tokenizer("plain"), reviews(), limit=0)
     with pytest.raises(SettingError, match="template must be"):
         esp.InContext(template="{text}")
     with pytest.raises(SettingError, match="choose must be"):

@@ -115,6 +115,17 @@ def test_an_optimiser_that_is_followed_gets_the_penaltys_gradient_and_tells_of_s
     assert len(told) == 4
 
 
+def test_it_follows_one_optimiser_once() -> None:
+    model = grafted()
+    first, second = (torch.optim.SGD(esp.parameters(model), lr=0.01) for _ in range(2))
+    life = esp.Lifecycle(model, steps=2).follow(first).follow(first)
+    first.step()
+    assert told == [("before", 1), ("after", 1)]
+    life.follow(second)
+    first.step()
+    assert len(told) == 2
+
+
 def test_the_trainer_drives_it_once_per_optimiser_step_and_ends_in_the_plain_form(
     tmp_path: Path,
 ) -> None:
@@ -155,6 +166,16 @@ def test_transformers_trainer_drives_it_through_the_callback(tmp_path: Path) -> 
     assert esp.read_card(tmp_path / "adapter-as-trained")["recipe"][0]["method"] == "Pulled"
 
 
+def test_a_best_checkpoint_that_may_not_be_settled_is_refused_at_the_start(tmp_path: Path) -> None:
+    model = tiny.bert(num_labels=2)
+    esp.attach(model, Pulled(), "mine", head=["classifier"])
+    run = trainer(model, tmp_path, [AdapterCallback()], max_steps=3)
+    run.args.load_best_model_at_end = True
+    with pytest.raises(SettingError, match="load_best_model_at_end"):
+        run.train()
+    assert told == []
+
+
 def test_training_without_a_lifecycle_is_told_of_once() -> None:
     model, batch = grafted(), zoo.BY_NAME["bert"].batch()
     with pytest.warns(UserWarning, match="nothing drives here"):
@@ -163,6 +184,19 @@ def test_training_without_a_lifecycle_is_told_of_once() -> None:
         warnings.simplefilter("error")
         model(**batch)
         model.eval()
+        model(**batch)
+
+
+def test_what_is_frozen_needs_no_lifecycle() -> None:
+    model, batch = grafted(), zoo.BY_NAME["bert"].batch()
+    esp.freeze(model, "mine")
+    esp.attach(model, esp.LoRA(), "other")
+    esp.activate(model, ["mine", "other"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**batch)
+    esp.thaw(model, "mine")
+    with pytest.warns(UserWarning, match="'mine'.*nothing drives here"):
         model(**batch)
 
 

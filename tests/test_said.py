@@ -17,7 +17,15 @@ import espalier as esp
 from espalier.errors import SettingError, SiteError
 from espalier.graft import find
 from espalier.plain import subspace
-from espalier.plain.fastfood import _share, adjoint, fastfood, normals, permuted, signs
+from espalier.plain.fastfood import (
+    _share,
+    adjoint,
+    fastfood,
+    hadamard,
+    normals,
+    permuted,
+    signs,
+)
 from zoo import BY_NAME, logits, train
 
 KEY = 20_12_13255
@@ -301,3 +309,30 @@ def test_a_step_is_as_bold_in_any_dimension() -> None:
         assert grad is not None
         gains.append(method.learning_rate * float(grad.abs().sum()))
     assert max(gains) < 1.3 * min(gains)
+
+
+def test_what_was_made_goes_when_no_one_uses_it_any_more() -> None:
+    case = BY_NAME["bert"]
+    model, batch = case.make(), case.batch()
+    esp.attach(model, esp.IntrinsicSAID(dimension=150), head=False)
+    esp.freeze(model, "default")
+    space = deltas(model)[0].space
+    logits(model, batch)
+    assert space.made
+    esp.activate(model, None)
+    assert not space.made
+    esp.merge(model, "default")
+    assert not space.made
+
+
+def test_other_devices_and_default_types_are_minded() -> None:
+    part = subspace.Part(KEY, 0, 0, True)
+    t = {"x": torch.ones(3), "scales": torch.ones(1)}
+    assert subspace._moved(t, part, torch.zeros(4, 5, device="meta")).device.type == "meta"
+    expected = fastfood(t["x"], 20, KEY)
+    hadamard.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(fastfood(t["x"], 20, KEY), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -145,6 +145,8 @@ class Delta:
         begin(batch)                      told before every forward pass of the whole model
         ready()                           told when active, moved or loaded: what Python must know
                                           of kept numbers is read from `self.t` here
+        rest()                            told when not active any more: what was kept from earlier
+                                          passes goes
         calibrate(squares)                given what `measures` asks for
         plain(t) -> t                     the numbers of the plain form that `Method.plain` builds
 
@@ -199,6 +201,9 @@ class Delta:
 
     def ready(self) -> None:
         """Told when its adapter was made active, moved or loaded."""
+
+    def rest(self) -> None:
+        """Told while its adapter is not active: what it keeps from earlier passes can go."""
 
     def calibrate(self, squares: Tensors) -> None:
         """Given the mean squared gradient of each parameter that is `measured`, by its key."""

@@ -53,6 +53,7 @@ def merge(
         graft.refresh()
         raise
     graft.merged = (undo, before)
+    graft.refresh()  # folding made what no pass will need
     if unload:
         graft.merged = None
         for name, _ in live:

@@ -150,7 +150,11 @@ class Graft(nn.Module):
             module.__dict__.pop(name, None)
         self._shadows = []
         self._stale = False
-        for adapter, _ in () if self.merged else self.live:
+        live = dict(() if self.merged else self.live)
+        for resting in (a for name, a in self.adapters.items() if name not in live):
+            for delta in resting.deltas:
+                delta.rest()
+        for adapter in live:
             for delta in self.adapters[adapter].deltas:
                 delta.ready()
             for module, delta in self.stand_ins[adapter]:
@@ -213,7 +217,9 @@ class Graft(nn.Module):
         """Warn of methods whose numbers need more than an optimiser while they train."""
         for name, _weight in self.live:
             adapter = self.adapters[name]
-            if any(regime.total == 0 for regime in adapter.regimes) and name not in self._warned:
+            if name in self._warned or not any(p.requires_grad for p in adapter.parameters()):
+                continue
+            if any(regime.total == 0 for regime in adapter.regimes):
                 self._warned.add(name)
                 warnings.warn(
                     f"adapter {name!r} ({adapter.recipe}) follows a schedule while it trains, "

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from espalier.errors import SettingError
@@ -38,8 +38,8 @@ class Lifecycle:
             raise SettingError(f"Lifecycle(done={done!r}): from 0 to {steps} steps can be done")
         graft = find(model)
         self.steps, self.done = steps, done
-        self.adapters = [graft.adapters[name] for name, _ in graft.live]
-        self.adapters = [a for a in self.adapters if any(p.requires_grad for p in a.parameters())]
+        live = (graft.adapters[name] for name, _ in graft.live)
+        self.adapters = [a for a in live if any(p.requires_grad for p in a.parameters())]
         self.regimes = [regime for adapter in self.adapters for regime in adapter.regimes]
         self._hooks: list[RemovableHandle] = []
         for regime in self.regimes:
@@ -60,15 +60,15 @@ class Lifecycle:
                     found.setdefault(name, []).append([at.stack, at.layer, at.role, number])
         return found
 
-    def penalise(self) -> float:
-        """Add the gradient of this step's penalties to those of the loss; their sum."""
+    def penalise(self) -> Tensor:
+        """Add the gradient of this step's penalties to those of the loss; their sum, a scalar."""
         found = [regime.penalty() for regime in self.regimes]
         parts = [penalty for penalty in found if penalty is not None]
         if not parts:
-            return 0.0
+            return torch.zeros(())
         total = torch.stack(parts).sum()
         total.backward()
-        return float(total.detach())
+        return total.detach()  # still on its device: nobody waits for it who does not read it
 
     def before(self) -> None:
         """To be called when a step's gradients are complete, before the optimiser uses them."""
@@ -80,7 +80,8 @@ class Lifecycle:
         self.done += 1
 
     def follow(self, optimizer: torch.optim.Optimizer) -> Lifecycle:
-        """Let an optimiser's steps do all three; returns itself."""
+        """Let an optimiser's steps, and no other's any more, do all three; returns itself."""
+        self.leave()
 
         def before(*_: Any) -> None:
             self.penalise()

@@ -107,6 +107,10 @@ def in_context(
         DataError: Data cannot be read.
     """
     how = how or InContext()
+    if limit is not None and limit < 1:
+        raise SettingError(
+            f"in_context(limit={limit!r}): limit must be at least 1, or None for all"
+        )
     _check_writes(model)
     read = _read(model, data, test)
     split = next((name for name in ("test", "validation") if read.splits.get(name)), None)

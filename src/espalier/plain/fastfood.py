@@ -34,7 +34,7 @@ _NORMAL = 0x297A2D39  # so that B and G draw from two streams
 @cache
 def hadamard(bits: int, device: torch.device | None = None) -> Tensor:
     """The Walsh-Hadamard matrix (2^bits, 2^bits) of ±1 in Sylvester's order, fp32."""
-    h = torch.ones(1, 1, device=device)
+    h = torch.ones(1, 1, dtype=torch.float32, device=device)  # the default type may be another
     for _ in range(bits):
         h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
     return h

@@ -57,6 +57,11 @@ class Bridge:
             self.found = (states, self.side[self._rows(self.states, states, training)])
         return self.found[1]
 
+    def forget(self) -> None:
+        """Keep nothing."""
+        self.states = self.side = self.found = None
+        self.within = False
+
     def _rows(self, known: Tensor, states: Tensor, training: bool) -> Tensor:
         """Which row of the known states each given one is."""
         same = (states[:, None, 0] == known[None, :, 0]).all(-1)
@@ -125,6 +130,11 @@ class Ladder(Delta):
         """Hold what is not trained where the numbers are."""
         if self.t:
             buffered(self.blocks, self.t["gates"].device)
+
+    def rest(self) -> None:
+        """Forget what the encoders gave, graph and all."""
+        if self.bridge is not None:
+            self.bridge.forget()
 
     def after(self, t: Tensors, x: Tensor, y: Tensor, training: bool) -> Tensor:
         """What the ladder makes of the stack's states (B, T, d); of an encoder, `y` itself."""

@@ -128,8 +128,9 @@ class Pruning(Regime):
         kept = highest(scores, self.count)
         for delta, name, offset in self._tensors():
             alpha = delta.t[f"{name}.alpha"].data
-            here = kept[(kept >= offset) & (kept < offset + len(alpha))] - offset
-            alpha.fill_(-math.inf)[here] = math.inf
+            ends = kept.new_tensor((offset, offset + len(alpha)))
+            start, stop = torch.searchsorted(kept, ends).tolist()
+            alpha.fill_(-math.inf)[kept[start:stop] - offset] = math.inf
             if f"{name}.group" in delta.t:
                 delta.t[f"{name}.group"].data.fill_(math.inf)
         self.decided = True

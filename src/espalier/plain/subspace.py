@@ -54,6 +54,10 @@ class Subspace:
                 self.made[part.tensor] = _moved(t, part, own).to(own.dtype)
         return self.made[part.tensor]
 
+    def forget(self) -> None:
+        """Drop every tensor that was made."""
+        self.made, self.made_of = {}, ()
+
     def _current(self, t: Tensors) -> bool:
         return all(
             a.device == b.device and torch.equal(a, b)
@@ -65,8 +69,8 @@ class Subspace:
 
 
 def _moved(t: Tensors, part: Part, own: Tensor) -> Tensor:
-    x = t["x"].float()
-    scale = t["scales"][part.place].float() if "scales" in t else x.new_ones(())
+    x = t["x"].to(own.device, torch.float32)
+    scale = t["scales"][part.place].to(x) if "scales" in t else x.new_ones(())
     change = projected(x, scale, own.numel(), part.key)
     return own.detach().float() + change.view_as(own)
 
@@ -95,7 +99,11 @@ class Projected(Delta):
 
     def ready(self) -> None:
         """Forget what was made: the numbers may be others now."""
-        self.space.made = {}
+        self.space.forget()
+
+    def rest(self) -> None:
+        """Forget what was made: it is as large as the model."""
+        self.space.forget()
 
     def effective(self, t: Tensors, own: Tensors, training: bool) -> Tensors:
         """The moved parameters; gradients go to x and λ alone."""

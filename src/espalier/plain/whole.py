@@ -129,7 +129,7 @@ def refuse_packed(path: str, parameter: nn.Parameter) -> None:
     if hosts.packed(parameter):
         raise SiteError(
             f"{path} is quantised ({parameter.dtype}): there are no numbers that could be trained "
-            "themselves. Choose a method that adds to it, such as LoRA, or load the base unquantised"
+            "themselves. Choose a method that adds to it, such as LoRA, or load the base as it is"
         )
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from espalier.checkpoint import save
-from espalier.errors import TrainingError
+from espalier.errors import SettingError, TrainingError
 from espalier.lifecycle import Lifecycle
 from espalier.training.folders import AS_TRAINED
 from espalier.verbs import dead_sites, has_plain, only_active, to_plain
@@ -35,6 +35,8 @@ class AdapterCallback(TrainerCallback):
 
     Raises:
         AdapterError: no name was given, and not exactly one adapter is active.
+        SettingError: the best checkpoint is to be loaded at the end, which may be one from before
+            the adapter's method has settled what it keeps.
         TrainingError: after the first backward pass a place of the adapter has no gradient.
     """
 
@@ -56,6 +58,12 @@ class AdapterCallback(TrainerCallback):
         if model is None or optimizer is None:
             return
         self._life = Lifecycle(model, state.max_steps, state.global_step)
+        if args.load_best_model_at_end and not self._life.settled:
+            raise SettingError(
+                "load_best_model_at_end may bring back an adapter whose ranks or masks are not "
+                "final: its method settles them in the course of training. Leave it out, and what "
+                "stands at the end is kept"
+            )
         # accelerate wraps the optimiser and skips steps in which gradients only add up.
         self._life.follow(getattr(optimizer, "optimizer", optimizer))
 

@@ -94,8 +94,8 @@ def intrinsic_dimension(
         every: Go on after the target is reached.
 
     Raises:
-        SettingError: A setting is wrong, there is no validation data, or the folder holds runs
-            with other settings.
+        SettingError: A setting is wrong, there is no validation data, the folder holds runs with
+            other settings, or full tuning's score is not above 0.
     """
     wanted = sorted(set(dimensions))
     if not wanted or wanted[0] < 1:
@@ -108,6 +108,8 @@ def intrinsic_dimension(
     full = full_score
     if full is None:
         full = _run(config.replace(lr=full_lr), "FullTuning()", folder / "full", screen).score
+    if not full > 0:
+        raise SettingError(f"full tuning's score is {full:g}, of which there is no share to reach")
     trials: list[Trial] = []
     while True:
         dimension = wanted[len(trials)]
