@@ -356,8 +356,9 @@ def test_every_place_may_have_rank_0(tmp_path: Path) -> None:
         ("AdaLoRA(start=0.5, end=0.5)", SettingError, "below 1 - start, 0.5"),
         ("AdaLoRA(beta1=1.0)", SettingError, "below 1"),
         ("AdaLoRA(orthogonality=-1)", SettingError, "at least 0"),
-        ("AdaLoRA(sites='embedding.*')", SiteError, "AdaLoRA cannot stand on .* an? embedding"),
+        ("AdaLoRA(sites='embedding.*')", SiteError, "AdaLoRA cannot stand on .* an embedding"),
         ("AdaLoRA(sites='ffn')", SiteError, r"write 'ffn\.\*'"),
+        ("AdaLoRA(sites='block@last1')", SiteError, "whole block.* write 'all-linear', .*@1'"),
         ("Gated(AdaLoRA())", SiteError, "schedule of their own"),
     ],
 )

@@ -21,6 +21,7 @@ from espalier.deltas import Delta
 from espalier.errors import SiteError
 from espalier.places import Site, Sites
 from espalier.plain.scale import ScaleIn, ScaleOut
+from espalier.plain.standing import refusal
 from espalier.recipes import Method, check
 
 KEYS_AND_VALUES = "attention.k, attention.v, cross.k, cross.v"
@@ -86,11 +87,6 @@ def _scaled_input(site: Site) -> Delta:
 
 def _linear(site: Site) -> Site:
     """The site, if it is a linear layer. Raises SiteError where a vector cannot stand."""
-    if site.span:
-        raise SiteError(
-            f"IA3 stands on single layers; {site.role!r} is a span from {site.enter} to "
-            f"{site.path}. For the layers within it write '{site.role}.*'"
-        )
-    if site.kind not in ("linear", "conv1d"):
-        raise SiteError(f"IA3 cannot stand on {site.path}, a {site.kind}; it takes linear layers")
+    if site.span or site.kind not in ("linear", "conv1d"):
+        raise SiteError(refusal("IA3", site, "linear layers"))
     return site

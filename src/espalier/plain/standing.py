@@ -1,4 +1,4 @@
-"""Where low-rank changes can stand, and with which rank."""
+"""Where changes of single layers can stand, and with which rank."""
 
 from __future__ import annotations
 
@@ -14,13 +14,20 @@ def can_fold(conv: Conv) -> bool:
 
 
 def refusal(method: str, site: Site, takes: str) -> str:
-    """Why a method whose changes are low-rank cannot stand at a site."""
+    """Why a method that changes single layers cannot stand at a site."""
+    if site.role == "block":
+        return (
+            f"{method} stands on single layers; {site.path} is a whole block. For the layers "
+            f"within blocks write 'all-linear', for those of this one 'all-linear@{site.layer}'"
+        )
     if site.span:
         return (
             f"{method} stands on single layers; {site.role!r} is a span from {site.enter} to "
             f"{site.path}. For the layers within it write '{site.role}.*'"
         )
-    what = "a grouped convolution" if site.conv and site.conv.groups > 1 else f"a {site.kind}"
+    what = "an embedding" if site.kind == "embedding" else f"a {site.kind}"
+    if site.conv and site.conv.groups > 1:
+        what = "a grouped convolution"
     return f"{method} cannot stand on {site.path}, {what}; it takes {takes}"
 
 
