@@ -178,7 +178,7 @@ class Adapter(nn.Module):
     def show_gradients(self, show: bool) -> None:
         """Give every delta with a regime views of its gradients (zeros where none), or take them.
 
-        Gradients that are shown can be read and changed.
+        They can be read, and where a buffer has gradients, changed.
         """
         for kind, flat in self.flat.items() if show else ():
             grad = torch.zeros_like(flat) if flat.grad is None else flat.grad

@@ -10,13 +10,18 @@ them before it clips.
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from espalier.deltas import Regime
 from espalier.errors import SettingError
 from espalier.graft import find
+
+
+_FOLLOWING: WeakKeyDictionary[Regime, Lifecycle] = WeakKeyDictionary()  # each drives alone
 
 
 class Lifecycle:
@@ -80,7 +85,14 @@ class Lifecycle:
         self.done += 1
 
     def follow(self, optimizer: torch.optim.Optimizer) -> Lifecycle:
-        """Let an optimiser's steps, and no other's any more, do all three; returns itself."""
+        """Let an optimiser's steps, and no other's any more, do all three; returns itself.
+
+        Another lifecycle that drove the same adapters, as when a cell is run again, no longer does.
+        """
+        for regime in self.regimes:
+            if (before_us := _FOLLOWING.get(regime)) is not None:
+                before_us.leave()
+            _FOLLOWING[regime] = self
         self.leave()
 
         def before(*_: Any) -> None:
