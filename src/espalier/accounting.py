@@ -32,6 +32,7 @@ class Account:
             Whole numbers (where a mask's scalars lie) are in `bytes` alone.
         bytes: Bytes kept on disk for them, without the file's header.
         total: Scalars of the base, tied ones once; those in 4 bits as the numbers they stand for.
+        mergeable: Whether all of it can be written into the base's weights.
     """
 
     trained: int
@@ -41,6 +42,7 @@ class Account:
     kept: int
     bytes: int
     total: int
+    mergeable: bool
 
     @property
     def percent(self) -> float:
@@ -91,6 +93,7 @@ def account(model: nn.Module, name: str) -> Account:
         kept=sum(kept.values()) - whole,
         bytes=sum(count * form(kind, dtype).itemsize for kind, count in kept.items()),
         total=sum(own.values()),
+        mergeable=all(delta.mergeable for delta in adapter.deltas),
     )
 
 

@@ -20,7 +20,6 @@ from espalier.deltas import Regime
 from espalier.errors import SettingError
 from espalier.graft import find
 
-
 _FOLLOWING: WeakKeyDictionary[Regime, Lifecycle] = WeakKeyDictionary()  # each drives alone
 
 

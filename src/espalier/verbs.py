@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -260,6 +261,12 @@ def to_plain(model: nn.Module, name: str) -> bool:
     """
     graft, rich = find(model), get(model, name)
     graft.refuse_merged()
+    if any(regime.total and not regime.settled for regime in rich.regimes):
+        warnings.warn(
+            f"adapter {name!r} ({rich.recipe}) becomes plain before its schedule has ended; "
+            "what it would still have changed stays as it is",
+            stacklevel=2,
+        )
     parts = rich.recipe.plain(rich.built)
     if parts == rich.recipe:
         return False

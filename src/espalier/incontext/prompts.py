@@ -104,11 +104,21 @@ class Prompts:
 
     def ask(self, query: Row, shots: Sequence[Row]) -> Asked:
         """A query after as many of its examples as fit, the most important last."""
-        for count in range(len(shots), -1, -1):
+        made, count = self._candidates(query, list(shots)[::-1]), len(shots)
+        if self._fits(made):
+            return Asked(made, count, False)
+        fits, too_many = -1, count  # more examples are longer: halve what is between
+        while too_many - fits > 1:
+            count = (fits + too_many) // 2
             made = self._candidates(query, list(shots[:count])[::-1])
-            if self.limit is None or all(one.length <= self.limit for one in made):
-                return Asked(made, count, False)
+            fits, too_many = (count, too_many) if self._fits(made) else (fits, count)
+        made = self._candidates(query, list(shots[: max(fits, 0)])[::-1])
+        if fits >= 0:
+            return Asked(made, fits, False)
         return Asked(tuple(_cut(one, self.limit or 0) for one in made), 0, True)
+
+    def _fits(self, made: Sequence[Candidate]) -> bool:
+        return self.limit is None or all(one.length <= self.limit for one in made)
 
     def without_content(self, query: Row, shots: Sequence[Row]) -> Asked:
         """The same for a query that says nothing, to calibrate by."""

@@ -61,7 +61,7 @@ def _said(recipe: Recipe) -> list[str]:
 _ANSWERS = ("label", "labels", "tags", "target", "score")
 
 
-def commands(task: Task, row: Row, folder: Path) -> list[str]:
+def commands(task: Task, row: Row, folder: Path, merges: bool) -> list[str]:
     """What to type to use the adapter in a run folder, with an input like `row`."""
     run, values = shlex.quote(str(folder)), row.values
     if "messages" in values:
@@ -76,7 +76,8 @@ def commands(task: Task, row: Row, folder: Path) -> list[str]:
         given = {key: value for key, value in values.items() if key not in _ANSWERS}
         row_text = shlex.quote(json.dumps(given, ensure_ascii=False))
         use = f"echo {row_text} | espalier predict {run} --data -"
-    return [use, f"espalier eval {run}", f"espalier merge {run} --out merged"]
+    merge = [f"espalier merge {run} --out merged"] if merges else []
+    return [use, f"espalier eval {run}", *merge]
 
 
 def card_text(
@@ -103,7 +104,7 @@ def card_text(
         rows=", ".join(f"{len(some):,} {split}" for split, some in rows.items()),
         labels=f"\nLabels: {', '.join(task.labels)}." if task.labels else "",
         table=_table(metrics),
-        commands="\n".join(commands(task, rows["train"][0], folder)),
+        commands="\n".join(commands(task, rows["train"][0], folder, account["mergeable"])),
         auto=task.auto_model,
         settings=f", num_labels={len(task.labels)}" if task.labels else "",
         adapter=str(folder / "adapter"),

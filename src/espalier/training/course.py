@@ -75,6 +75,8 @@ def _train(at: Material, name: str, parts: Recipe) -> RunResult:
             randomness.seed_all(config.seed + at.out.accelerator.process_index)
             loop.run()
         finish.settle(at, name)
+        served = dataclasses.asdict(account(model, name))  # what training settled counts now
+        counted |= {key: served[key] for key in ("changed", "rank", "kept", "bytes")}
         metrics = finish.measure(at, loop)
     model.eval()
     if at.out.main_folder:

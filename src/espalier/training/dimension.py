@@ -106,15 +106,21 @@ def intrinsic_dimension(
         raise SettingError("a sweep needs validation data, and is no dry_run")
     folder, screen = config.out or Path("runs/dimension"), Screen(config.quiet)
     full = full_score
+
+    def trial(dimension: int) -> _Ran:
+        method = f"IntrinsicSAID(dimension={dimension}, seed={config.seed}, structure={structure})"
+        return _run(config, method, folder / f"d{dimension}", screen)
+
+    if full is not None:
+        _check_full(full)
+    ran = trial(wanted[0])  # first, as it is the cheapest way to learn of wrong settings
     if full is None:
         full = _run(config.replace(lr=full_lr), "FullTuning()", folder / "full", screen).score
-    if not full > 0:
-        raise SettingError(f"full tuning's score is {full:g}, of which there is no share to reach")
+    _check_full(full)
     trials: list[Trial] = []
     while True:
         dimension = wanted[len(trials)]
-        method = f"IntrinsicSAID(dimension={dimension}, seed={config.seed}, structure={structure})"
-        ran = _run(config, method, folder / f"d{dimension}", screen)
+        ran = trial(dimension) if trials else ran
         trials.append(Trial(dimension, ran.score, ran.seconds))
         sweep = _judged(ran, share, full, trials)
         _write(sweep, folder)
@@ -124,6 +130,11 @@ def intrinsic_dimension(
         if len(trials) == len(wanted) or (sweep.found is not None and not every):
             screen.say(f"{sweep}; see {folder}")
             return sweep
+
+
+def _check_full(score: float) -> None:
+    if not score > 0:
+        raise SettingError(f"full tuning's score is {score:g}, of which there is no share to reach")
 
 
 @dataclass(frozen=True)

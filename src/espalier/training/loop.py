@@ -23,6 +23,7 @@ from espalier.errors import TrainingError
 from espalier.graft import get
 from espalier.lifecycle import Lifecycle
 from espalier.training import state
+from espalier.training.config import RunConfig
 from espalier.training.evaluate import evaluate, inputs, real_tokens, targets
 from espalier.training.guard import Places, check_finite
 from espalier.training.job import Job
@@ -123,6 +124,9 @@ class Loop:
     def _restore(self, folder: Path) -> None:
         found = state.latest(folder)
         if found is None:  # stopped before the first state: the start is the state
+            begun = RunConfig.from_yaml(folder / "config.yaml")
+            state.refuse_changed(begun.to_dict(), self.config)
+            self.job.screen.say("Nothing was saved before the stop: the run begins anew.")
             self.job.record.rewind(0)
             return
         self.at, offset = state.read_position(found, self.fixed)

@@ -82,7 +82,8 @@ def end(screen: Screen, result: RunResult, data: TaskData) -> None:
         return
     screen.say(f"The adapter is in {result.folder / 'adapter'} ({_size(result.folder)}).")
     screen.say("What to type next:")
-    for command in commands(data.task, data.splits["train"][0], result.folder):
+    merges = result.account["mergeable"]
+    for command in commands(data.task, data.splits["train"][0], result.folder, merges):
         screen.say(f"  {command}")
 
 

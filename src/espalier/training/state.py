@@ -15,7 +15,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,7 +140,16 @@ def read_position(state: Path, fixed: Fixed) -> tuple[Position, int]:
         CheckpointError: the state cannot be read.
     """
     run = _read_json(state)
-    was, now = run["fixed"]["config"], fixed.config.to_dict()
+    refuse_changed(run["fixed"]["config"], fixed.config)
+    for key, what in (("data", "the training data"), ("processes", "the number of processes")):
+        if run["fixed"][key] != _plain(fixed)[key]:
+            raise SettingError(f"The run cannot be resumed: {what} changed since it was started.")
+    return Position(**run["position"]), int(run["offset"])
+
+
+def refuse_changed(was: Mapping[str, Any], config: RunConfig) -> None:
+    """Raise SettingError where a setting that matters is not what the stopped run had."""
+    now = config.to_dict()
     changed = [key for key in DECISIVE if was.get(key) != now[key]]
     if changed:
         lines = [f"  {key}: was {was.get(key)!r}, now {now[key]!r}" for key in changed]
@@ -149,10 +158,6 @@ def read_position(state: Path, fixed: Fixed) -> tuple[Position, int]:
             + "\n".join(lines)
             + "\nWrite them as they were, or start anew with overwrite: true."
         )
-    for key, what in (("data", "the training data"), ("processes", "the number of processes")):
-        if run["fixed"][key] != _plain(fixed)[key]:
-            raise SettingError(f"The run cannot be resumed: {what} changed since it was started.")
-    return Position(**run["position"]), int(run["offset"])
 
 
 def threads_before(folder: Path) -> int | None:

@@ -220,6 +220,7 @@ class TrunkCache:
 
             free, where = psutil.virtual_memory().available, "of memory are free; use disk"
         else:
+            size = sum(at.bytes for split, at in self.layouts if not self._found(split, at))
             there = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())
             free, where = shutil.disk_usage(there).free, f"are free in {self.root}"
         if size > _MARGIN * free:
@@ -238,6 +239,10 @@ class TrunkCache:
             for stack, shard in shards.items():
                 data[stack].append(shard.data)
         return data
+
+    def _found(self, examples: Examples, layout: store.Layout) -> bool:
+        what = self._what(examples, layout)
+        return store.is_whole(self.root / store.key(what), what)
 
     def _on_disk(self, examples: Examples, layout: store.Layout) -> dict[str, list[Tensor]]:
         """All states on disk: found there, or made by all processes together."""
