@@ -663,7 +663,7 @@ def test_contradictory_settings_say_what_would_work(recipe: str, named: str) -> 
 @pytest.mark.parametrize("setting", ["dora=True", "freeze_a=True", "init='pissa'"])
 def test_an_embedding_is_refused_by_name(setting: str) -> None:
     model = BY_NAME["gpt2"].make()
-    with pytest.raises(SiteError, match=r"transformer\.wte, a embedding; it takes linear layers"):
+    with pytest.raises(SiteError, match=r"transformer\.wte, an embedding; it takes linear layers"):
         esp.attach(model, f"LoRA(sites='embedding', {setting})")
     assert "espalier" not in model._modules
 
