@@ -64,12 +64,10 @@ def command(
 
     table = Table(show_edge=False, pad_edge=False, title_justify="left", title_style="bold")
     table.title = str(sweep)
-    for name in ("scalars trained", sweep.metric, "of full tuning's"):
+    for name in sweep.titles:
         table.add_column(name, justify="right")
-    for trial in sweep.trials:
-        share_of_it = f"{trial.score / sweep.full:.1%}"
-        table.add_row(f"{trial.dimension:,}", f"{trial.score:.4g}", share_of_it)
-    table.add_row("full tuning", f"{sweep.full:.4g}", "")
+    for row in sweep.rows:
+        table.add_row(*row)
     console().print(table)
 
 

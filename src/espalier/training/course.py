@@ -74,9 +74,9 @@ def _train(at: Material, name: str, parts: Recipe) -> RunResult:
                 trunk.fill()
             randomness.seed_all(config.seed + at.out.accelerator.process_index)
             loop.run()
-        finish.settle(at, name)
-        served = dataclasses.asdict(account(model, name))  # what training settled counts now
-        counted |= {key: served[key] for key in ("changed", "rank", "kept", "bytes")}
+        if finish.settle(at, name):  # what training settled counts now
+            served = dataclasses.asdict(account(model, name))
+            counted |= {key: served[key] for key in ("changed", "rank", "kept", "bytes")}
         metrics = finish.measure(at, loop)
     model.eval()
     if at.out.main_folder:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +60,20 @@ class Sweep:
     target: float
     trials: tuple[Trial, ...]
     found: int | None
+
+    @property
+    def titles(self) -> tuple[str, str, str]:
+        """What stands in the columns of `rows`."""
+        return "scalars trained", self.metric, "of full tuning's"
+
+    @property
+    def rows(self) -> list[tuple[str, str, str]]:
+        """A table's rows as text: each trial, then full tuning."""
+        trials = [
+            (f"{t.dimension:,}", f"{t.score:.4g}", f"{t.score / self.full:.1%}")
+            for t in self.trials
+        ]
+        return [*trials, ("full tuning", f"{self.full:.4g}", "")]
 
     def __str__(self) -> str:
         if self.found is None:
@@ -197,16 +210,10 @@ def _write(sweep: Sweep, folder: Path) -> None:
     """The table, the data and, where matplotlib is there, the picture."""
     data: dict[str, Any] = dataclasses.asdict(sweep)
     write_text(folder / "dimension.json", json.dumps(data, indent=1) + "\n")
-    lines = [
-        f"{sweep}\n",
-        f"| scalars trained | {sweep.metric} | of full tuning's | seconds |",
-        "|---|---|---|---|",
-        *(
-            f"| {t.dimension:,} | {t.score:.4g} | {t.score / sweep.full:.1%} | {t.seconds:.0f} |"
-            for t in sweep.trials
-        ),
-        f"| full tuning | {sweep.full:.4g} | | |",
-    ]
+    seconds = [*(f"{trial.seconds:.0f}" for trial in sweep.trials), ""]
+    table = [(*row, took) for row, took in zip(sweep.rows, seconds, strict=True)]
+    lines = [f"{sweep}\n", f"| {' | '.join(sweep.titles)} | seconds |", "|---|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in table]
     write_text(folder / "dimension.md", "\n".join(lines) + "\n")
     if plot.available():
         with quiet(None):
@@ -215,11 +222,7 @@ def _write(sweep: Sweep, folder: Path) -> None:
 
 def _draw(sweep: Sweep, path: Path) -> None:
     """Score over dimension, with full tuning's and the target as lines."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = plot.empty(6, 4)
     axes = figure.subplots()
     x = [trial.dimension for trial in sweep.trials]
     axes.plot(x, [trial.score for trial in sweep.trials], "o-", color="#1f5a96", label="subspace")
@@ -227,6 +230,4 @@ def _draw(sweep: Sweep, path: Path) -> None:
     axes.axhline(sweep.target, color="#c2571a", linestyle="--", label=f"{sweep.share:.0%} of it")
     axes.set(xscale="log", xlabel="scalars trained", ylabel=f"validation {sweep.metric}")
     axes.legend()
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=110)
-    os.replace(temporary, path)
+    plot.write(figure, path)

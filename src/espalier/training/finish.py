@@ -25,13 +25,16 @@ Metrics = dict[str, dict[str, float]]
 WRITTEN = 200  # rows at most that answers are generated for
 
 
-def settle(at: Material, name: str) -> None:
-    """Turn the adapter into the plain form that serves; the form that trained is kept beside it."""
+def settle(at: Material, name: str) -> bool:
+    """Turn the adapter into the plain form that serves; the form that trained is kept beside it.
+
+    False where it is plain already.
+    """
     if not has_plain(at.model, name):
-        return
+        return False
     if at.out.main_folder:
         save(at.model, name, at.out.main_folder / AS_TRAINED)
-    to_plain(at.model, name)
+    return to_plain(at.model, name)
 
 
 def measure(at: Material, loop: Loop) -> Metrics:

@@ -28,14 +28,10 @@ def _smooth(values: Sequence[float], weight: float) -> list[float]:
 
 def draw(history: Sequence[dict[str, Any]], metric: str, path: Path) -> None:
     """Write the loss per step, smoothed, with validation loss and `metric` beside, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     steps = [line for line in history if line["kind"] == "train"]
     checks = [line for line in history if line["kind"] == "validation"]
     scored = [line for line in checks if metric in line and metric != "loss"]
-    figure = Figure(figsize=(9 if scored else 6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty(9 if scored else 6, 4)
     axes = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
     losses = [line["loss"] for line in steps]
     x = [line["step"] for line in steps]
@@ -53,7 +49,7 @@ def draw(history: Sequence[dict[str, Any]], metric: str, path: Path) -> None:
             [c["step"] for c in scored], [c[metric] for c in scored], "o-", color="#2b7a4b"
         )
         axes[1].set(xlabel="step", ylabel=f"validation {metric}")
-    _write(figure, path)
+    write(figure, path)
 
 
 def draw_places(history: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
@@ -65,15 +61,11 @@ def draw_places(history: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
 
 def _draw_place(name: str, lines: Sequence[dict[str, Any]], path: Path) -> Path:
     """One panel per stack and role: steps from left to right, layers upwards, numbers as shades."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     told = [line for line in lines if name in line]
     panels = list(dict.fromkeys((stack, role) for stack, _, role, _ in told[-1][name]))
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(3 * columns + 1, 2.2 * rows + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = empty(3 * columns + 1, 2.2 * rows + 0.4)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     top = max(number for line in told for *_, number in line[name])
     several = len({stack for stack, _ in panels}) > 1
@@ -92,7 +84,7 @@ def _draw_place(name: str, lines: Sequence[dict[str, Any]], path: Path) -> Path:
     figure.supxlabel("step", fontsize="small")
     figure.supylabel("layer", fontsize="small")
     figure.colorbar(shades, ax=list(axes), label=name)  # pyright: ignore[reportArgumentType]
-    _write(figure, path)
+    write(figure, path)
     return path
 
 
@@ -106,7 +98,18 @@ def _table(
     return layers, [[sum(some) / len(some) for some in over] for over in numbers]
 
 
-def _write(figure: Any, path: Path) -> None:
+def empty(width: float, height: float) -> Any:
+    """A figure of this size in inches that no window shows."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def write(figure: Any, path: Path) -> None:
+    """Write a figure as a PNG, whole or not at all."""
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=110)
     os.replace(temporary, path)
