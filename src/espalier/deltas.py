@@ -74,6 +74,15 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
 
 
+class Product(NamedTuple):
+    """s · drop(x) Aᵀ Bᵀ, which is all that a delta adds to y: A (R, D_in), B (D_out, R)."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    dropout: float = 0.0  # in training only
+
+
 class Batch(NamedTuple):
     """What a forward pass of the whole model was given, for deltas that mind it.
 
@@ -139,6 +148,8 @@ class Delta:
                                           no other port is used; x is the queries where nothing
                                           is watched)
         embed(t, training) -> rows        embeddings of extra words before the text (`embeds`)
+        product(t) -> Product             what `after` adds, where it is a product of two factors
+                                          and nothing else; it may then be computed another way
         fold(t, w, b) -> (w, b)           the same change on a float weight; absent: cannot merge
         effective(t, own, training)       what stands in for the host's own parameters, by name
                                           (`replaces`; then no other port is used)
@@ -207,6 +218,10 @@ class Delta:
 
     def calibrate(self, squares: Tensors) -> None:
         """Given the mean squared gradient of each parameter that is `measured`, by its key."""
+
+    def product(self, t: Tensors) -> Product | None:
+        """What `after` adds to y, where that is one product with two factors; else None."""
+        return None
 
     def fold(self, t: Tensors, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight (out, in) and bias with the change folded in, fp32. Raises where it cannot."""

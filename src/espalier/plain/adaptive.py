@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn import init
 
-from espalier.deltas import Delta, Kept, Regime, Tensors, Trained
+from espalier.deltas import Delta, Kept, Product, Regime, Tensors, Trained
 from espalier.places import Site
 from espalier.plain.lowrank import dropped
 
@@ -53,6 +53,10 @@ class Triplets(Delta):
         """The output with the change: x (…, D_in), y (…, D_out)."""
         low = F.linear(dropped(x, self.dropout, training), t["q"])  # (…, R)
         return y + F.linear(low * (t["e"] * self.scale), t["p"])
+
+    def product(self, t: Tensors) -> Product:
+        """P and diag(λ) Q."""
+        return Product(t["e"].unsqueeze(1) * t["q"], t["p"], self.scale, self.dropout)
 
     def fold(self, t: Tensors, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W + s P diag(λ) Q, with W (D_out, D_in)."""

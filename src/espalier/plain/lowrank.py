@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from espalier.deltas import Delta, Tensors, Trained
+from espalier.deltas import Delta, Product, Tensors, Trained
 from espalier.places import Site
 
 if TYPE_CHECKING:
@@ -52,6 +52,10 @@ class LowRank(Delta):
         a, b = factors(t)
         low = F.linear(dropped(x, self.dropout, training), a)  # (…, R)
         return y + F.linear(low * self.scale, b)
+
+    def product(self, t: Tensors) -> Product:
+        """Its factors."""
+        return Product(*factors(t), self.scale, self.dropout)
 
     def fold(self, t: Tensors, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W + s B A, with W (D_out, D_in)."""
