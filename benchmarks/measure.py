@@ -94,9 +94,9 @@ def growth(later: Sequence[float], first: Sequence[float]) -> float:
     return statistics.median(later) / statistics.median(first)
 
 
-def setting() -> dict[str, Any]:
-    """What the figures depend on: date, versions, processor, threads."""
-    packages = ("torch", "transformers", "peft", "safetensors", "espalier")
+def setting(*more: str) -> dict[str, Any]:
+    """What the figures depend on: date, versions (of `more` packages too), processor, threads."""
+    packages = ("torch", "transformers", "peft", "safetensors", *more, "espalier")
     return {
         "date": date.today().isoformat(),
         "python": platform.python_version(),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
-NAMES = ("bases", "measure", "counting", "step", "lifecycle")
+NAMES = ("bases", "measure", "counting", "step", "lifecycle", "nf4")
 
 
 @pytest.fixture
@@ -73,3 +73,16 @@ def test_lifecycle(tmp_path: Path) -> None:
     for name in names:
         assert found[name]["ours_over_peft"]["median"] > 0
         assert f"| {name} |" in table.read_text()
+
+
+@pytest.mark.usefixtures("scripts")
+def test_nf4(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    out, table = tmp_path / "nf4.json", tmp_path / "nf4.md"
+    arguments = ["--tiny", "--rounds", "1", "--json", str(out), "--markdown", str(table)]
+    _import("nf4").main(arguments)
+    found = json.loads(out.read_text())
+    for kind in ("nf4", "fp4, scales in 8 bits"):
+        for dtype in ("float32", "bfloat16"):
+            assert found[f"{kind}, from {dtype}"]["equal"] is True
+            assert f"| {kind}, from {dtype} |" in table.read_text()

@@ -43,10 +43,13 @@ if TYPE_CHECKING:
     from espalier.methods.serial import SerialAdapter
     from espalier.methods.spot import SPoT
     from espalier.places import Site, Sites, sites
+    from espalier.planning import Plan, plan
     from espalier.plain.transfer import prompt_similarity, rank_prompts, read_prompt
     from espalier.quantised import dequantize, quantize
     from espalier.reading import gates, ranks
     from espalier.recipes import Method, Recipe, recipe
+    from espalier.rows import rows
+    from espalier.sharding import average_gradients, shard
     from espalier.streaming import write_merged
     from espalier.training import RunConfig, RunResult, fit, train
     from espalier.training.dimension import intrinsic_dimension
@@ -81,11 +84,14 @@ _MODULES = {
         *("activate", "active", "attach", "dead_sites", "detach"),
         *("freeze", "groups", "parameters", "skip_layers", "thaw", "to_plain"),
     ),
+    "planning": ("Plan", "plan"),
     "quantised": ("dequantize", "quantize"),
     "reading": ("gates", "ranks"),
     "plain.transfer": ("prompt_similarity", "rank_prompts", "read_prompt"),
     "places": ("Site", "Sites", "sites"),
     "recipes": ("Method", "Recipe", "recipe"),
+    "rows": ("rows",),
+    "sharding": ("average_gradients", "shard"),
     "streaming": ("write_merged",),
     "training": ("RunConfig", "RunResult", "fit", "train"),
     "training.dimension": ("intrinsic_dimension",),
@@ -96,13 +102,13 @@ __all__ = [
     "IA3", "AdaLoRA", "Batch", "BitFit", "Call", "Compacter", "Delta", "DiffPruning",
     "EspalierError", "FullTuning", "HeadOnly", "InContext", "IntrinsicSAID", "Kept",
     "LadderSideTuning", "Lifecycle", "LoRA", "Method", "PTuning", "PTuningV2", "ParallelAdapter",
-    "PartialTuning", "PrefixTuning", "PromptTuning", "Recipe", "Regime", "RunConfig", "RunResult",
-    "SPoT", "SerialAdapter", "Site", "Sites", "Tensors", "Trained", "account", "activate", "active",
-    "attach", "calibrate", "dead_sites", "dequantize", "detach", "errors", "fit", "freeze", "gates",
-    "groups", "in_context", "intrinsic_dimension", "load", "merge", "parameters",
-    "prefix_from_text", "prompt_similarity", "quantize", "rank_prompts", "ranks", "read_card",
-    "read_prompt", "recipe", "save", "sites", "skip_layers", "thaw", "to_plain", "train", "unmerge",
-    "write_merged",
+    "PartialTuning", "Plan", "PrefixTuning", "PromptTuning", "Recipe", "Regime", "RunConfig",
+    "RunResult", "SPoT", "SerialAdapter", "Site", "Sites", "Tensors", "Trained", "account",
+    "activate", "active", "attach", "average_gradients", "calibrate", "dead_sites", "dequantize",
+    "detach", "errors", "fit", "freeze", "gates", "groups", "in_context", "intrinsic_dimension",
+    "load", "merge", "parameters", "plan", "prefix_from_text", "prompt_similarity", "quantize",
+    "rank_prompts", "ranks", "read_card", "read_prompt", "recipe", "rows", "save", "shard",
+    "sites", "skip_layers", "thaw", "to_plain", "train", "unmerge", "write_merged",
 ]  # fmt: skip
 
 

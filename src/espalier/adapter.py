@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.deltas import Delta, Kept, Regime, Trained
+from espalier.errors import AdapterError
 from espalier.recipes import Recipe
 
 
@@ -98,6 +99,7 @@ class Adapter(nn.Module):
         self.slots: dict[str, list[Slot]] = {}
         self.refresh: Callable[[], None] = _nothing  # told when the views were made anew
         self._seen: tuple[object, ...] = ()
+        self._cast = False
         self.rates: dict[str, float] = {}  # factor on the learning rate, by kind of buffer
         specs = self._lay_out(deltas)
         regimes = {id(d.regime): d.regime for d in self.deltas if d.regime is not None}
@@ -156,6 +158,12 @@ class Adapter(nn.Module):
         seen = tuple(item for p in runs.values() for item in (id(p), p.data_ptr(), p.requires_grad))
         if seen == self._seen:
             return
+        if cut := next((kind for kind, flat in runs.items() if hasattr(flat, "full_tensor")), None):
+            raise AdapterError(
+                f"the {cut} of adapter {self.name!r} were cut into shards; every process holds an "
+                "adapter whole. Shard the base with esp.shard(model), or leave the adapters out: "
+                "fully_shard(model, ignored_params=set(esp.parameters(model)))"
+            )
         with torch.inference_mode(False), torch.enable_grad():
             for kind, flat in runs.items():
                 views = _Views.apply(flat, self.slots[kind])
@@ -164,6 +172,22 @@ class Adapter(nn.Module):
                         delta.t[key] = view
         self._seen = seen
         self.refresh()
+
+    def cast(self, dtype: torch.dtype | None) -> None:
+        """Give the deltas all numbers in another type too, cast at once; None takes them away."""
+        if dtype is None:
+            if self._cast:
+                self._cast = False
+                for delta in self.deltas:
+                    delta.cast = {}
+            return
+        for kind, flat in self.flat.items():
+            if flat.dtype != dtype:
+                self._cast = True
+                views = _Views.apply(flat.to(dtype), self.slots[kind])
+                for slot, view in zip(self.slots[kind], views, strict=True):
+                    for delta, key in slot.users:
+                        delta.cast[key] = view
 
     @property
     def built(self) -> dict[int, list[Delta]]:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from espalier import hosts
 from espalier.errors import SiteError
+from espalier.fast.attention import in_training, suits
 
 if TYPE_CHECKING:
     from espalier.deltas import Delta
@@ -58,7 +60,10 @@ class StandIn:
 
     def own(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
         """What the model's own attention function gives."""
-        function = self.table.get_interface(self.config._attn_implementation, self.eager)
+        name = self.config._attn_implementation
+        if name == "sdpa" and (out := in_training(self.module, q, k, v, mask, kwargs)) is not None:
+            return out, None
+        function = self.table.get_interface(name, self.eager)
         if not self.flash:
             return function(self.module, q, k, v, mask, **kwargs)
         self.module.config = self.config  # where flash functions read the implementation's name
@@ -88,10 +93,15 @@ class Attention(StandIn):
     def refresh(self) -> None:
         """Stand in while a delta here is live, and only then."""
         live = () if self.graft.merged else self.graft.live
-        if any(weight and name in self.deltas for name, weight in live):
+        if any(weight and name in self.deltas for name, weight in live) or (live and self.batches):
             self.enter()
         else:
             self.leave()
+
+    @property
+    def batches(self) -> bool:
+        """Whether it stands in also where no delta attends, to train faster."""
+        return self.config._attn_implementation == "sdpa" and suits(self.module)
 
     def call(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
         """Attention to the live deltas' keys and the text's.
@@ -99,12 +109,13 @@ class Attention(StandIn):
         An adapter's weight w multiplies the share of attention that its keys get before all
         shares are scaled to sum to 1: log w is added to their scores.
         """
-        extra = list(self._extra(q, k, v))
-        length = sum(keys.shape[2] for keys, _, _ in extra)
-        self._refuse(q, length + k.shape[2], [weight for _, _, weight in extra], kwargs)
-        keys = torch.cat([*(keys for keys, _, _ in extra), k], 2)
-        values = torch.cat([*(values for _, values, _ in extra), v], 2)
-        even = all(weight == 1 for _, _, weight in extra)
+        found = self._found(q, k, v)
+        if found is None:
+            return self.own(q, k, v, mask, kwargs)
+        more, their, scores = found
+        length, even = more.shape[2], scores is None
+        self._refuse(q, length + k.shape[2], even, kwargs)
+        keys, values = torch.cat([more, k], 2), torch.cat([their, v], 2)
         causal = mask is None and q.shape[2] > 1 and self._causal(kwargs)
         # A causal attention without a mask lets query i see keys 0 to i. So that query i of the
         # text sees as many more as there are extra ones, as many rows stand before it.
@@ -113,13 +124,32 @@ class Attention(StandIn):
             wider = F.pad(kwargs["position_bias"], (length, 0, rows, 0))
             kwargs = {**kwargs, "position_bias": wider}
         if mask is not None or not even:
-            mask = _widened(mask, q, k, causal, extra)
+            mask = _widened(mask, q, k, causal, length, scores)
         if not rows:
             return self.own(q, keys, values, mask, kwargs)
         out, shares = self.own(F.pad(q, (0, 0, rows, 0)), keys, values, mask, kwargs)
         return out[:, rows:], None if shares is None else shares[:, :, rows:]
 
-    def _extra(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
+    def _found(
+        self, q: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """All extra keys and values, and what is added to their scores (… , L); None without any.
+
+        The scores are None where nothing is added to any of them.
+        """
+        if self.graft.rows is not None:
+            return self.graft.rows.attend(self, q, k, v)
+        extra = list(self.extra(q, k, v))
+        if not extra:
+            return None
+        keys = torch.cat([own for own, _, _ in extra], 2)
+        values = torch.cat([own for _, own, _ in extra], 2)
+        if all(weight == 1 for _, _, weight in extra):
+            return keys, values, None
+        logs = [q.new_full((own.shape[2],), math.log(weight)) for own, _, weight in extra]
+        return keys, values, torch.cat(logs)
+
+    def extra(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
         """Keys and values (B, h_kv, L, d_h) of each live delta, and its adapter's weight."""
         for name, weight in self.graft.live:
             for delta in self.deltas.get(name, ()) if weight else ():
@@ -133,13 +163,14 @@ class Attention(StandIn):
         stated = kwargs.get("is_causal")
         return getattr(self.module, "is_causal", True) if stated is None else stated
 
-    def _refuse(self, q: Tensor, keys: int, weights: list[float], kwargs: dict[str, Any]) -> None:
+    def _refuse(self, q: Tensor, keys: int, even: bool, kwargs: dict[str, Any]) -> None:
         """Raise where the model's own function could not be told of the extra keys."""
         name, why = self.config._attn_implementation or "", ""
         if kwargs.get("cache") is not None:
             why = "extra keys do not fit into a paged cache"
-        elif any(weight != 1 for weight in weights) and (self.flash or name.startswith("flex")):
-            why = "an adapter's weight other than 1 changes scores, which this function hides"
+        elif not even and (self.flash or name.startswith("flex")):
+            why = "an adapter's weight other than 1, or for some rows only, changes scores, which "
+            why += "this function hides"
         elif self.flash and keys > (kwargs.get("sliding_window") or keys):
             why = "its sliding window would hide the extra keys"
         elif self.flash and _packed(q, kwargs):
@@ -155,6 +186,17 @@ def _attention(
 ) -> Any:
     """What transformers finds under our name."""
     return module.config.call(query, key, value, attention_mask, kwargs)
+
+
+def callers(modules: Mapping[str, nn.Module], places: Iterable[Site]) -> dict[str, nn.Module]:
+    """The modules that compute attention through transformers' table, by path."""
+    found = {}
+    for site in places:
+        if site.role in ("attention", "cross") and site.span:
+            with suppress(SiteError):
+                path, module = caller(modules, site)
+                found[path] = module
+    return found
 
 
 def caller(modules: Mapping[str, nn.Module], site: Site) -> tuple[str, nn.Module]:
@@ -201,25 +243,26 @@ def _heads(rows: Tensor, text: Tensor, delta: Delta) -> Tensor:
 
 
 def _widened(
-    mask: Any, q: Tensor, k: Tensor, causal: bool, extra: list[tuple[Tensor, Tensor, float]]
+    mask: Any, q: Tensor, k: Tensor, causal: bool, length: int, scores: Tensor | None
 ) -> Any:
-    """The mask with columns for the extra keys, which all queries see; the given one stays."""
-    length = sum(keys.shape[2] for keys, _, _ in extra)
+    """The mask with columns for the extra keys; the given one stays.
+
+    All queries see them, or by `scores` (L,) or (B, 1, 1, L), which are added to theirs.
+    """
     if mask is None:
         seen = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool)
         mask = (seen.tril() if causal else seen)[None, None]
     if not isinstance(mask, Tensor):
         return _widened_blocks(mask, length)
-    even = all(weight == 1 for _, _, weight in extra)
-    if mask.dtype == torch.bool and not even:
+    if scores is None:
+        seen = mask.new_full((), 0 if mask.is_floating_point() else 1)
+        return torch.cat([seen.expand(*mask.shape[:-1], length), mask], -1)
+    if mask.dtype == torch.bool:
         hidden = torch.finfo(q.dtype).min
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, hidden)
-    if mask.is_floating_point():
-        scores = [mask.new_full((keys.shape[2],), math.log(w)) for keys, _, w in extra]
-        columns = torch.cat(scores)
-    else:
-        columns = mask.new_ones(length)
-    return torch.cat([columns.expand(*mask.shape[:-1], length), mask], -1)
+    mask = mask.expand(len(scores), *mask.shape[1:]) if scores.dim() > 1 else mask
+    columns = scores.to(mask.dtype).expand(*mask.shape[:-1], length)
+    return torch.cat([columns, mask], -1)
 
 
 def _widened_blocks(mask: Any, length: int) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from espalier import hosts
 from espalier.errors import AdapterError, SettingError
 from espalier.graft import find, get
-from espalier.modules import base_modules
+from espalier.modules import base_modules, is_sharded
 from espalier.verbs import activate, active
 
 Loss = Callable[[nn.Module, Mapping[str, Any]], Tensor]
@@ -39,6 +39,11 @@ def calibrate(
     """
     graft, adapter = find(model), get(model, name)
     graft.refuse_merged()
+    if is_sharded(model):
+        raise SettingError(
+            f"{adapter.recipe} chooses by gradients of the base's own weights, which are spread "
+            "over processes here: choose on one process, save the adapter, and load it to train"
+        )
     asking = [delta for delta in adapter.deltas if delta.measures]
     if not asking:
         raise AdapterError(f"adapter {name!r} has nothing to choose by data: {adapter.recipe}")

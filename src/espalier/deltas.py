@@ -184,6 +184,7 @@ class Delta:
         self.trained = trained
         self.aside = tuple(k for k, n in trained.items() if isinstance(n, Kept) and n.aside)
         self.t: dict[str, Tensor] = {}  # views of the adapter's buffers, put here by the adapter
+        self.cast: dict[str, Tensor] = {}  # the same in the base's type, while a pass trains
         self.watches: tuple[str, ...] = ()
         self.seen: dict[str, Call] = {}
         self.regime: Regime | None = None
@@ -268,4 +269,4 @@ class Delta:
 
     def __getstate__(self) -> dict[str, Any]:
         # Views cannot be copied; the adapter makes them anew.
-        return {**self.__dict__, "t": {}, "seen": {}, "g": {}}
+        return {**self.__dict__, "t": {}, "cast": {}, "seen": {}, "g": {}}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,20 @@ from espalier.adapter import Adapter
 from espalier.attention import Attention, caller
 from espalier.deltas import Batch, Delta
 from espalier.errors import AdapterError, nearest
-from espalier.modules import base_modules, unwrap
+from espalier.fast.drop import Drop
+from espalier.fast.head import Head
+from espalier.fast.quick import quicken
+from espalier.fast.switch import enabled
+from espalier.modules import base_modules, is_sharded, unwrap
 from espalier.places import CHILD, Sites, sites
 from espalier.prompts import Prompts
 from espalier.routes import encoders, names
 from espalier.seat import Seat
+
+if TYPE_CHECKING:
+    from espalier.fast.decoding import Term
+    from espalier.fast.grouped import Stack
+    from espalier.mixed import Mixed
 
 
 class Teller(NamedTuple):
@@ -48,7 +57,11 @@ class Graft(nn.Module):
         stand_ins: For each adapter the (module, delta) pairs that replace parameters in place.
         skipped: In how many of the lowest layers each adapter does not act.
         merged: What undoes a merge, and the adapters that were live before it.
+        rows: Which rows of a batch are on which of the live adapters; None while all are on all.
+        plans: By path of the host what is live there, where it is products (fast/decoding.py).
+        stacks: By path the factors of the adapters that rows were on last (fast/grouped.py).
         tellers: The root, and encoders that are also called without it.
+        head: Where logits are put off until they are needed (fast/head.py).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -61,12 +74,17 @@ class Graft(nn.Module):
         self.stand_ins: dict[str, list[tuple[nn.Module, Delta]]] = {}
         self.skipped: dict[str, int] = {}
         self.merged: tuple[list[Callable[[], None]], tuple[tuple[str, float], ...]] | None = None
+        self.rows: Mixed | None = None
+        self.plans: dict[str, tuple[Term, ...]] = {}
+        self.stacks: dict[str, Stack] = {}
         self.places: Sites = sites(model)
         self.tellers = [Teller(model, names(model), None)]
         for stack, path in encoders(model, self.places).items():
             module = model.get_submodule(path)
             self.tellers.append(Teller(module, names(module), stack))
         self.thawed = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.drop = Drop()
+        self._quick = False  # whether it was found out what can be quick in training
         self._shadows: list[tuple[nn.Module, str]] = []
         self._held: list[hosts.Undo] = []  # what quantised hosts are kept from, while we are here
         self._stale = False
@@ -94,6 +112,7 @@ class Graft(nn.Module):
         if self.prompts:
             self.prompts.deltas.pop(adapter.name, None)
         modules = base_modules(model)
+        apart = is_sharded(model)  # what spreads parameters looks for them by name between calls
         stand_ins = self.stand_ins[adapter.name] = []
         for delta in self.acting(adapter):
             for path in delta.watches:
@@ -108,7 +127,7 @@ class Graft(nn.Module):
             elif delta.embeds:
                 self.prompts = self.prompts or Prompts(model, self.places, delta, self)
                 self.prompts.deltas.setdefault(adapter.name, []).append(delta)
-            elif _direct(delta, host):
+            elif _direct(delta, host) and not apart:
                 stand_ins.append((host, delta))
             else:
                 seat = self.seat(delta.site.path, host)
@@ -128,6 +147,7 @@ class Graft(nn.Module):
     def remove(self, name: str) -> None:
         """Forget an adapter; seats that hold nothing any more leave their hosts."""
         del self.adapters[name], self._modules[_key(name)], self.stand_ins[name], self.skipped[name]
+        self.stacks = {}
         if self.prompts:
             self.prompts.deltas.pop(name, None)
             if not self.prompts.deltas:
@@ -136,11 +156,12 @@ class Graft(nn.Module):
         for path, seat in list(self.seats.items()):
             seat.deltas.pop(name, None)
             seat.watchers.pop(name, None)
-            if not (seat.deltas or seat.watchers or seat.around) and seat.leave():
+            quick = seat.quick and self.adapters
+            if not (seat.deltas or seat.watchers or seat.around or quick) and seat.leave():
                 del self.seats[path]
         for path, port in list(self.attentions.items()):
             port.deltas.pop(name, None)
-            if not port.deltas:
+            if not port.deltas and not (self.adapters and port.batches):
                 port.leave()
                 del self.attentions[path]
 
@@ -150,6 +171,11 @@ class Graft(nn.Module):
             module.__dict__.pop(name, None)
         self._shadows = []
         self._stale = False
+        self.plans = {}
+        self.head.forget()
+        if self.rows is not None:
+            self.rows.forget()
+        self.drop.rest()
         live = dict(() if self.merged else self.live)
         for resting in (a for name, a in self.adapters.items() if name not in live):
             for delta in resting.deltas:
@@ -157,7 +183,7 @@ class Graft(nn.Module):
         for adapter in live:
             for delta in self.adapters[adapter].deltas:
                 delta.ready()
-            for module, delta in self.stand_ins[adapter]:
+            for module, delta in () if self.rows else self.stand_ins[adapter]:
                 for name, view in delta.t.items():
                     view.__deepcopy__ = _placeholder  # autograd's results refuse to be copied
                     module.__dict__[name] = view
@@ -171,26 +197,36 @@ class Graft(nn.Module):
         return self.prompts.length if self.prompts else 0
 
     def refuse_merged(self) -> None:
-        """Raise AdapterError while adapters are merged into the base."""
+        """Raise AdapterError while adapters are merged into the base, or rows have their own."""
         if self.merged:
             raise AdapterError(
                 "an adapter is merged into this model; call esp.unmerge(model) first"
+            )
+        if self.rows is not None:
+            raise AdapterError(
+                "rows of a batch are on adapters of their own; leave `with esp.rows(...)` first"
             )
 
     def listen(self) -> None:
         """Be told before the model's forward passes, and its encoders'."""
         for teller in self.tellers:
             teller.module.register_forward_pre_hook(self.before, with_kwargs=True)
+        self.tellers[0].module.register_forward_hook(self.after, always_call=True)
+        self.head = Head(self.tellers[0].module, self)
         self._held = hosts.hold_layout(base_modules(self.tellers[0].module).values())
 
     def leave(self) -> None:
         """Undo `listen`."""
+        self.head.leave()
         for undo in self._held:
             undo()
         for module, _, _ in self.tellers:
             for key, hook in list(module._forward_pre_hooks.items()):
                 if getattr(hook, "__self__", None) is self:
                     del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+            for key, hook in list(module._forward_hooks.items()):
+                if getattr(hook, "__self__", None) is self:
+                    del module._forward_hooks[key], module._forward_hooks_always_called[key]
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Runs before the forward of the model, and of each encoder.
@@ -205,13 +241,44 @@ class Graft(nn.Module):
                 self.refresh()
             if module.training and torch.is_grad_enabled():
                 self._warn_unled()
-        told = [d for name, _ in self.live for d in self.adapters[name].told]
-        if told:
+                self._hasten(module)
+            if module is self.tellers[0].module:
+                self.head.tell(args, kwargs)
+        told = any(self.adapters[name].told for name, _ in self.live)
+        if told or self.rows is not None:
             _, takes, stack = next(t for t in self.tellers if t.module is module)
-            batch = _batch({**dict(zip(takes, args, strict=False)), **kwargs}, module.training)
-            for delta in told:
+            given = {**dict(zip(takes, args, strict=False)), **kwargs}
+            if self.rows is not None:
+                self.rows.tell(given)
+            if told:
+                self.begin(_batch(given, module.training), stack)
+
+    def begin(self, batch: Batch, stack: str | None) -> None:
+        """Tell the live deltas of a stack (None: of all) that mind it what a pass is given."""
+        if self.rows is not None:
+            self.rows.begin(batch, stack)
+            return
+        for name, _ in self.live:
+            for delta in self.adapters[name].told:
                 if stack in (None, delta.site.stack):
                     delta.begin(batch)
+
+    def _hasten(self, module: nn.Module) -> None:
+        """Before a pass of a training: find what can be quick, cast all trained numbers at once."""
+        if not enabled() or module is not self.tellers[0].module:
+            return
+        if not self._quick:
+            self._quick = True
+            quicken(self, module)
+        own = next(module.parameters(), None)
+        if own is not None and own.is_floating_point() and not self.rows:
+            for name, _weight in self.live:
+                self.adapters[name].cast(own.dtype)
+
+    def after(self, module: nn.Module, args: object, output: object) -> None:
+        """Runs after the forward of the model: what was cast for it goes."""
+        for adapter in self.adapters.values():
+            adapter.cast(None)
 
     def _warn_unled(self) -> None:
         """Warn of methods whose numbers need more than an optimiser while they train."""

@@ -6,10 +6,12 @@ Everything else sees a float32 weight in the orientation of `nn.Linear`, (out, i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from functools import partial
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from espalier.places import Site
 if TYPE_CHECKING:
     from espalier.deltas import Delta
 
+Operand = Tensor | Callable[[], Tensor]
 Undo = partial[None]  # no closure: in a deep copy of the model it restores the copy
 
 
@@ -30,12 +33,34 @@ def parameter(host: nn.Module, name: str) -> nn.Parameter:
     return own
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter's values; where they are spread over processes, gathered: a call of all."""
+    if hasattr(tensor, "full_tensor"):  # torch's DTensor, which FSDP2 makes of parameters
+        return tensor.full_tensor()  # type: ignore[operator]
+    if hasattr(tensor, "ds_id"):  # a parameter under DeepSpeed's ZeRO-3
+        deepspeed: Any = import_module("deepspeed")
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    return tensor
+
+
+@contextmanager
+def gathered(host: nn.Module) -> Iterator[None]:
+    """The host with its own parameters whole while it lasts, to be called outside of a pass."""
+    own = host._parameters
+    host._parameters = {name: p if p is None else whole(p) for name, p in own.items()}  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        host._parameters = own
+
+
 def dense(host: nn.Module, site: Site) -> Tensor:
     """The host's weight as float32: (out, in), a kernel (out, in, kh, kw), or a table (V, D)."""
     weight = parameter(host, "weight")
     if site.bits:
         weight = _dequantised(host, weight)
-    weight = weight.detach().to(torch.float32)
+    weight = whole(weight.detach()).to(torch.float32)
     return weight.T if site.kind == "conv1d" else weight
 
 
@@ -53,7 +78,7 @@ def count(parameter: nn.Parameter) -> int:
 def bias(host: nn.Module) -> Tensor | None:
     """The host's bias as float32, or None."""
     own = host._parameters.get("bias")
-    return None if own is None else own.detach().to(torch.float32)
+    return None if own is None else whole(own.detach()).to(torch.float32)
 
 
 def current(host: nn.Module, site: Site, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -72,20 +97,60 @@ def current(host: nn.Module, site: Site, dtype: torch.dtype) -> dict[str, Tensor
     return found
 
 
+def multiplies(host: nn.Module, x: Tensor) -> bool:
+    """Whether all a host does with x is x Wᵀ + c, in x's type and with a frozen W.
+
+    That is so for Linear and Conv1D themselves, and for 4-bit layers that compute in x's type.
+    """
+    weight = host.__dict__.get("weight", host._parameters.get("weight"))
+    if weight is None or weight.requires_grad:
+        return False
+    kind = type(host)
+    if kind is nn.Linear or _is(kind, "transformers.pytorch_utils", "Conv1D"):
+        return weight.dtype == x.dtype
+    if _is(kind, "bitsandbytes.nn.modules", "Linear4bit"):
+        return host.compute_dtype in (None, x.dtype) and hasattr(weight, "quant_state")
+    return False
+
+
+def operands(host: nn.Module, dtype: torch.dtype) -> tuple[Operand, Tensor | None]:
+    """W (D_out, D_in), or what unpacks it anew, and c, of a host that only multiplies."""
+    weight, bias = host.weight, host.bias
+    if packed(weight):  # type: ignore[arg-type]
+        return partial(_unpacked, host, dtype), None if bias is None else bias.to(dtype)  # type: ignore[return-value]
+    return weight if type(host) is nn.Linear else weight.t(), bias  # type: ignore[return-value, operator]
+
+
+def _is(kind: type, module: str, name: str) -> bool:
+    return kind.__name__ == name and kind.__module__ == module
+
+
+def _unpacked(host: nn.Module, dtype: torch.dtype) -> Tensor:
+    """A 4-bit weight (out, in) in the type of the computation."""
+    import bitsandbytes.functional as bnb
+
+    weight = parameter(host, "weight")
+    return bnb.dequantize_4bit(weight.data, weight.quant_state).to(dtype)  # type: ignore[attr-defined]
+
+
 def tensors(delta: Delta, like: Tensor, host: nn.Module) -> dict[str, Tensor]:
     """A delta's numbers in the type and on the device of the computation, as its ports get them."""
     t = {
-        key: v.to(like.device)
-        if not v.is_floating_point()
-        else v
-        if v.dtype == like.dtype and v.device == like.device
-        else v.to(like.device, like.dtype)
-        for key, v in delta.t.items()
+        key: _alike(delta.cast.get(key, own), own, like)
+        for key, own in delta.t.items()
         if key not in delta.aside
     }
     if delta.reads_host:
         t.update(current(host, delta.site, like.dtype))
     return t
+
+
+def _alike(cast: Tensor, own: Tensor, like: Tensor) -> Tensor:
+    """Numbers, or what they were cast to, in another tensor's type and on its device."""
+    if not own.is_floating_point():
+        return own.to(like.device)
+    v = cast if cast.dtype == like.dtype else own
+    return v if v.dtype == like.dtype and v.device == like.device else v.to(like.device, like.dtype)
 
 
 def write(host: nn.Module, site: Site, weight: Tensor, untie: bool = False) -> Undo:
@@ -132,12 +197,22 @@ def put(host: nn.Module, name: str, value: Tensor, own: bool = False) -> Undo:
     With `own`, the host gets a parameter of its own and the shared one stays as it was.
     """
     known = parameter(host, name)
+    _refuse_sharded(known)
     fresh = value.detach().to(known.device, known.dtype).contiguous()
     if own:
         host._parameters[name] = nn.Parameter(fresh, requires_grad=known.requires_grad)
         return partial(setattr, host, name, known)
     old, known.data = known.data, fresh
     return partial(setattr, known, "data", old)
+
+
+def _refuse_sharded(parameter: nn.Parameter) -> None:
+    if hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id"):
+        raise AdapterError(
+            "this base is spread over processes, and a change cannot be written into it: save the "
+            "adapter and write a merged model with `espalier merge RUN --out FOLDER`, in one "
+            "process, or esp.write_merged"
+        )
 
 
 def put_bias(host: nn.Module, value: Tensor) -> Undo:

@@ -10,34 +10,31 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from espalier.errors import CheckpointError
+from espalier.hosts import whole
+from espalier.modules import plain_type
 from espalier.places import CHILD
 from espalier.storage import stored
 
 TENSORS, VALUES = 8, 4
+_NOTED: WeakKeyDictionary[nn.Module, dict[str, list[float]]] = WeakKeyDictionary()
 _SLACK = 0.02  # a base in bf16 instead of fp32 differs by 0.4 %
 
 
 def of(model: nn.Module, without: Sequence[str] = ()) -> dict[str, Any]:
     """The base's identity as JSON data; modules in `without` (a new head) are left out."""
-    named = [
-        (name, p)
-        for name, p in model.named_parameters()
-        if not name.startswith(f"{CHILD}.")
-        and name.rpartition(".")[0] not in without
-        and p.is_floating_point()
-        and p.numel() >= VALUES
-    ]
+    named = [(name, p) for name, p in _telling(model) if name.rpartition(".")[0] not in without]
     step = max(1, len(named) // TENSORS)
     config, storage = getattr(model, "config", None), stored(model)
     return {
         "name": str(getattr(config, "_name_or_path", "") or ""),
-        "class": type(model).__name__,
-        "values": {name: _sample(p) for name, p in named[::step][:TENSORS]},
+        "class": plain_type(model).__name__,
+        "values": {name: _values(model, name, p) for name, p in named[::step][:TENSORS]},
         **({} if storage is None else {"quantised": storage.to_json()}),
     }
 
@@ -56,8 +53,28 @@ def digest(model: nn.Module, modules: Iterable[str]) -> str:
     return found.hexdigest()
 
 
+def note(model: nn.Module) -> None:
+    """Keep the values that tell a base from others, before it is spread over processes.
+
+    So one process alone can save an adapter or check one that it loads.
+    """
+    _NOTED[model] = {name: _sample(p) for name, p in _telling(model)}
+
+
+def _values(model: nn.Module, name: str, parameter: Tensor) -> list[float]:
+    return _NOTED.get(model, {}).get(name) or _sample(parameter)
+
+
+def _telling(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [
+        (name, p)
+        for name, p in model.named_parameters()
+        if not name.startswith(f"{CHILD}.") and p.is_floating_point() and p.numel() >= VALUES
+    ]
+
+
 def _sample(parameter: Tensor) -> list[float]:
-    flat = parameter.detach().view(-1)
+    flat = whole(parameter.detach()).view(-1)
     at = torch.linspace(0, flat.numel() - 1, VALUES).long().to(flat.device)
     return [float(f"{value:.6g}") for value in flat[at].float().tolist()]
 
@@ -72,7 +89,7 @@ def check(model: nn.Module, base: Mapping[str, Any], file: Path) -> None:
         parameter = own.get(name)
         if parameter is None or not parameter.is_floating_point() or parameter.numel() < VALUES:
             continue
-        here = _sample(parameter)
+        here = _values(model, name, parameter)
         slack = _SLACK * max(map(abs, values)) + 1e-6
         if any(abs(a - b) > slack for a, b in zip(here, values, strict=True)):
             raise CheckpointError(

@@ -23,6 +23,21 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def plain_type(model: nn.Module) -> type:
+    """The model's own class, also where FSDP2 has put a class of its own over it."""
+    kinds = type(model).__mro__
+    names = [kind.__name__ for kind in kinds]
+    return kinds[names.index("FSDPModule") + 1 if "FSDPModule" in names else 0]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2, or DeepSpeed's ZeRO-3, has spread this model over processes."""
+    model = unwrap(model)
+    if any(kind.__name__ == "FSDPModule" for kind in type(model).__mro__):
+        return True
+    return hasattr(next(model.parameters(), None), "ds_id")
+
+
 def backbone(model: nn.Module) -> str:
     """The path of a task model's backbone; "" where the model is one itself."""
     model = unwrap(model)

@@ -14,7 +14,7 @@ rows stand after the first patch, from the first block on.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +86,8 @@ class Prompts:
         return sum(sum(delta.gaps) for delta in self._acting())
 
     def _acting(self) -> Iterator[Delta]:
-        for name, _ in self.graft.live:
+        rows = self.graft.rows  # all rows of a batch have the same places
+        for name, _ in self.graft.live if rows is None else rows.lives[0]:
             yield from self.deltas.get(name, ())
 
     # ------------------------------------------------------------------------- through the stack
@@ -190,17 +191,22 @@ class Prompts:
 
     def _tell(self, mask: Tensor | None, continuing: bool) -> None:
         """Deltas of this stack that mind the mask are told of it again: it has more words now."""
-        for name, _ in self.graft.live:
-            for delta in self.graft.adapters[name].told:
-                if delta.site.stack == self.side:
-                    delta.begin(Batch(mask, None, continuing, self.stack.training))
+        self.graft.begin(Batch(mask, None, continuing, self.stack.training), self.side)
 
     def _rows(self, like: Tensor) -> Tensor:
-        """The live prompts' rows (L, D), gap by gap, computed in their own type."""
-        rows = [delta.embed(delta.t, self.stack.training) for delta in self.live]
+        """The live prompts' rows (L, D), or (B, L, D) where texts have their own."""
+        rows = self.graft.rows
+        if rows is None:
+            return self._of(self.live, like)
+        parts = [[d for name, _ in live for d in self.deltas.get(name, ())] for live in rows.lives]
+        return rows.embedded([self._of(part, like) for part in parts], like)
+
+    def _of(self, deltas: Sequence[Delta], like: Tensor) -> Tensor:
+        """The rows (L, D) of some prompts, gap by gap, computed in their own type."""
+        rows = [delta.embed(delta.t, self.stack.training) for delta in deltas]
         if len(rows) > 1:
             parts = [
-                part.split(list(delta.gaps)) for part, delta in zip(rows, self.live, strict=True)
+                part.split(list(delta.gaps)) for part, delta in zip(rows, deltas, strict=True)
             ]
             rows = [part[gap] for gap in range(3) for part in parts]
         return torch.cat(rows).to(like.device, like.dtype)

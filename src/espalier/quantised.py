@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from espalier import hosts
 from espalier.errors import AdapterError, SettingError, SiteError
+from espalier.fast.nf4 import quick
 from espalier.modules import base_modules, unwrap
 from espalier.places import CHILD, Sites, sites
 from espalier.storage import Footprint, Storage, footprint, library, stored
@@ -57,7 +58,7 @@ def quantize(
     paths = quantisable(model, places, skip)
     dtype = _type_of(model)
     compute = compute or dtype
-    with torch.no_grad():
+    with torch.no_grad(), quick():
         for path in paths:
             model.set_submodule(path, _packed(model.get_submodule(path), storage, compute))
     settle(model, compute)

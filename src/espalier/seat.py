@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from espalier import hosts
 from espalier.deltas import Call, Delta
+from espalier.fast import decoding
+from espalier.fast import seated as fused
+from espalier.fast.quick import Quick, taken
 
 if TYPE_CHECKING:
     from espalier.graft import Graft
@@ -30,10 +33,11 @@ class Seat:
         deltas: For each adapter's name its deltas here, in the order in which they act.
         watchers: For each adapter's name the deltas elsewhere that mind this host's calls.
         around: What else happens around a call here: around(call, args, kwargs) gives the output.
+        quick: What may compute the host's own output in training, with less memory.
     """
 
     __slots__ = (
-        *("around", "checkpointed", "deltas", "graft", "host", "inner", "path", "scaled"),
+        *("around", "checkpointed", "deltas", "graft", "host", "inner", "path", "quick", "scaled"),
         "watchers",
     )
 
@@ -45,6 +49,7 @@ class Seat:
         self.deltas: dict[str, list[Delta]] = {}
         self.watchers: dict[str, list[Delta]] = {}
         self.around: Callable[..., Any] | None = None
+        self.quick: Quick | None = None
         self.scaled = hosts.scaled(host)
         self.checkpointed = hosts.checkpointed(host)
         host.forward = self.forward
@@ -90,6 +95,10 @@ class Seat:
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         graft = self.graft
+        if graft.rows is not None:
+            return graft.rows.run(self, args, kwargs)
+        if decoding.takes(self, args, kwargs):
+            return decoding.output(self, args[0])
         live = [
             (delta, weight) for name, weight in graft.live for delta in self.deltas.get(name, ())
         ]
@@ -133,6 +142,8 @@ class Seat:
         self, live: list[tuple[Delta, float]], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The host's output with every change; trained copies stand in for its parameters now."""
+        if fused.takes(self, live, args, kwargs):
+            return fused.output(self, live, args[0])
         try:
             for delta, weight in live:
                 if type(delta).before is not Delta.before:
@@ -164,6 +175,10 @@ class Seat:
     ) -> Any:
         if self.inner is not None:
             return self.inner(*args, **kwargs)
+        if self.quick is not None:
+            result = taken(self.quick, self.host, args, kwargs)
+            if result is not None:
+                return result
         return forward(self.host, *args, **kwargs)
 
     def _tell(

@@ -48,7 +48,7 @@ class Spread(NamedTuple):
         return p.expand(*rows, -1).gather(-1, source) + shift
 
     def put(self, x: Tensor, words: Tensor) -> Tensor:
-        """Features x (B, W, D) with `words` (L, D) where extra words stand."""
+        """Features x (B, W, D) with `words` (L, D), or (B, L, D), where extra words stand."""
         where = _like(self.extra, x, len(x))
         return x.scatter(1, where, words.expand(len(x), -1, -1))
 

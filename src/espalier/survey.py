@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from espalier import fused, grammar, widths
+from espalier.modules import plain_type
 from espalier.places import CHILD, Conv, Notes, Rows, Site, Sites
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def survey(model: nn.Module) -> Sites:
     stacks = _number(work)
     _divide(work)
     found = list(_emit(work))
-    notes = Notes(type(_unwrap(model)).__name__, stacks, work.unknown, tuple(work.bare))
+    notes = Notes(plain_type(_unwrap(model)).__name__, stacks, work.unknown, tuple(work.bare))
     return Sites(found, notes)
 
 

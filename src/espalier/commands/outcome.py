@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -17,6 +19,8 @@ from dataclasses import dataclass
 from espalier.errors import EspalierError
 
 DONE, BUG, MISTAKE, STOPPED = 0, 1, 2, 130
+
+_HEAD_START = 3.0  # seconds
 
 DEBUG: ContextVar[bool] = ContextVar("debug", default=False)  # whether --debug was given
 
@@ -66,6 +70,7 @@ def caught(debug: bool) -> Iterator[Ended]:
 
 def _explain(error: Exception) -> int:
     """Say on stderr what ended the command; returns the exit code."""
+    _let_main_speak()
     if isinstance(error, Interrupted):
         fail(str(error), "Stopped")
         return STOPPED
@@ -84,6 +89,12 @@ def _explain(error: Exception) -> int:
         "Please report it with the lines below and what you typed."
     )
     return BUG
+
+
+def _let_main_speak() -> None:
+    """Of several processes with one mistake the first says it; its launcher ends the others."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(_HEAD_START)
 
 
 def fail(message: str, word: str = "Error") -> None:

@@ -1,27 +1,21 @@
 """Packing: several short examples in one row, none of which sees another.
 
-Positions start at 0 in every segment. Given positions but no attention mask and no cache,
-transformers' masks keep segments apart (`masking_utils.find_packed_sequence_indices`), with
-eager, sdpa, flash and flex attention alike. Whether a model really does is tried on the model
-itself by `packing_refusal`, because recurrent layers, and models that count positions from the
-mask, would leak from one segment into the next without a sign.
+Positions start at 0 in every segment. How a model keeps segments apart, and whether it does, is
+tried on the model itself (`espalier.data.separation`): recurrent layers, and models that count
+positions themselves, would leak from one segment into the next without a sign.
 """
 
 from __future__ import annotations
 
 import bisect
-import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from espalier.errors import SettingError
 from espalier.tasks import IGNORED, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-TOLERANCE = 1e-4
-"""Change of logits, in their standard deviations, that rounding may explain."""
 
 
 def pack(examples: Sequence[Example], max_length: int) -> list[Example]:
@@ -77,37 +71,8 @@ def _joined(parts: Sequence[Example]) -> Example:
 
 
 def packing_refusal(model: PreTrainedModel) -> str | None:
-    """Why packed rows would mix in this model, or None if they do not; tried on 12 tokens."""
-    name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        return f"{name} is an encoder-decoder; packing is for decoders"
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        return f"{name} takes no position_ids, so the segments of a packed row would see each other"
-    if _leaks(model):
-        return f"{name} lets the segments of a packed row see each other"
-    return None
+    """Why packed rows would mix in this model, or None if they do not; tried on a few tokens."""
+    from espalier.data.separation import separation
 
-
-def _leaks(model: PreTrainedModel) -> bool:
-    """Whether the second of two segments changes when the tokens of the first do."""
-    import torch
-
-    size = 6
-    device = next(model.parameters()).device
-    words = torch.arange(size, device=device)
-    positions = torch.arange(size, device=device)
-    given: dict[str, Any] = {"position_ids": torch.cat([positions, positions])[None]}
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            one, two = (
-                model(input_ids=torch.cat([first, words])[None], use_cache=False, **given)
-                .logits[0, size:]
-                .float()
-                for first in (words, words.flip(0))
-            )
-    finally:
-        for module, flag in training.items():
-            module.training = flag
-    return bool((one - two).abs().max() > TOLERANCE * one.std())
+    found = separation(model)
+    return found if isinstance(found, str) else None

@@ -138,7 +138,7 @@ class Pruning:
         Raises:
             SiteError: An axis of it is neither the stream nor as long as before.
         """
-        value = own.detach()
+        value = hosts.whole(own.detach())
         for axis, (wide, small) in enumerate(zip(own.shape, view.shape, strict=True)):
             if wide == small:
                 continue

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import init
 
+from espalier import hosts
 from espalier.deltas import Delta, Tensors, Trained
 from espalier.errors import SettingError, SiteError
 from espalier.modules import base_modules
@@ -128,7 +129,7 @@ def embedded(model: nn.Module, site: Site, ids: Sequence[int]) -> Tensor:
     """Rows (n, D) of the base's words as they leave the embedding, in fp32."""
     host = base_modules(model)[site.path]
     where = next(host.parameters()).device
-    with torch.no_grad():
+    with torch.no_grad(), hosts.gathered(host):
         return type(host).forward(host, torch.tensor(list(ids), device=where)).float()
 
 

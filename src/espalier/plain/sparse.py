@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from espalier import hosts
 from espalier.deltas import Delta, Kept, Tensors, Trained
 from espalier.errors import AdapterError, SiteError
 from espalier.modules import base_modules
@@ -195,7 +196,7 @@ def highest(scores: Iterable[Tensor], count: int) -> Tensor:
     """Places (T,), ascending, of the highest of all scores, tensors laid end to end."""
     best, offset = None, 0
     for score in scores:
-        best = _higher(best, score.flatten(), offset, count)
+        best = _higher(best, hosts.whole(score).flatten(), offset, count)
         offset += score.numel()
     assert best is not None
     return best[1].sort().values

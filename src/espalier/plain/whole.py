@@ -134,4 +134,4 @@ def refuse_packed(path: str, parameter: nn.Parameter) -> None:
 
 
 def _copy_of(parameter: nn.Parameter) -> Callable[[Tensor], object]:
-    return lambda view: view.copy_(parameter.detach())
+    return lambda view: view.copy_(hosts.whole(parameter.detach()))

@@ -116,10 +116,11 @@ class Task(ABC):
         """The part of a batch that goes to the model: `model(**task.inputs(batch))`.
 
         Packed batches get `use_cache=False`: only without a cache does a transformers model
-        see from the positions where one segment ends and the next begins.
+        see from the positions, or from a mask, where one segment ends and the next begins.
         """
         given: dict[str, Any] = {k: v for k, v in batch.items() if k not in NOT_FOR_MODELS}
-        if "position_ids" in given:
+        mask = given.get("attention_mask")
+        if "position_ids" in given or (mask is not None and mask.dim() == 4):
             given["use_cache"] = False
         return given
 

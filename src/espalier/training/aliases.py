@@ -39,6 +39,8 @@ _KEYS: dict[str, str] = {
     "double_quantization": "bnb_4bit_use_double_quant use_nested_quant double_quant",
     "optimizer": "optim optim_type",
     "checkpointing": "gradient_checkpointing use_gradient_checkpointing",
+    "offload": "activation_offloading offload_activations cpu_offload",
+    "compile": "torch_compile torch_compile_backend torch_compile_mode",
     "evaluate_every": "eval_steps eval_strategy evaluation_strategy evals_per_epoch eval_interval",
     "save_every": "save_steps save_strategy saves_per_epoch save_interval",
     "patience": "early_stopping_patience early_stopping",

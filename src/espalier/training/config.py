@@ -28,7 +28,7 @@ DECISIVE = (
     "validation_share", "system", "chat_template",
     "prefix", "documents", "max_length", "epochs", "steps", "batch", "eval_batch", "accumulate",
     "batching", "lr", "head_lr", "schedule", "warmup", "weight_decay", "clip", "precision",
-    "quantize", "double_quantization", "optimizer",
+    "quantize", "double_quantization", "compile", "optimizer",
     "evaluate_every", "patience", "keep", "seed", "generate", "max_new_tokens", "trunk_cache",
     "trunk_dtype",
 )
@@ -92,7 +92,9 @@ class RunConfig(BaseModel):
         "auto", description="Modules trained whole with the adapter: auto, none or a list of names."
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Arithmetic; auto is bf16 on GPUs that have it and fp32 elsewhere."
+        "auto",
+        description="Arithmetic; auto is bf16 on GPUs and CPUs with units for it (on a CPU for "
+        "models at least 256 wide), fp32 elsewhere.",
     )
     quantize: Literal["nf4", "fp4", "int8", "none"] | None = Field(
         None, description="Load the base's layers in 4 or 8 bits; needs bitsandbytes."
@@ -104,10 +106,30 @@ class RunConfig(BaseModel):
         False,
         description="Recompute activations in the backward pass: less memory, about 1/3 slower.",
     )
+    offload: Literal["none", "cpu"] = Field(
+        "none",
+        description="Keep activations in the host's memory (cpu) between a GPU's forward and "
+        "backward pass.",
+    )
+    compile: Literal["none", "layers", "model"] = Field(
+        "none",
+        description="torch.compile: each repeated block (layers), or all in one graph (model); "
+        "pays in long runs.",
+    )
+
+    sharding: Literal["none", "fsdp", "hybrid", "zero3"] = Field(
+        "none",
+        description="Spread the frozen base over processes: fsdp (torch's FSDP2) over all, hybrid "
+        "within each machine, zero3 by DeepSpeed; none keeps it whole in each.",
+    )
 
     epochs: float = Field(3.0, gt=0, description="Passes over the training data.")
     steps: int | None = Field(None, ge=1, description="Optimiser steps, in place of epochs.")
-    batch: int = Field(16, ge=1, description="Examples per micro-batch and device.")
+    batch: Literal["auto"] | int = Field(
+        16,
+        description="Examples per micro-batch and device; auto is the most that fits in memory, "
+        "accumulated to steps of 16 (times accumulate).",
+    )
     accumulate: int = Field(1, ge=1, description="Micro-batches per optimiser step.")
     batching: Literal["bucket", "pack", "random"] = Field(
         "bucket",
@@ -194,6 +216,8 @@ class RunConfig(BaseModel):
     def _agree(self) -> RunConfig:
         if isinstance(self.threads, int) and self.threads < 1:
             raise ValueError(f"threads must be at least 1 or auto; got {self.threads}.")
+        if isinstance(self.batch, int) and self.batch < 1:
+            raise ValueError(f"batch must be at least 1 or auto; got {self.batch}.")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(
                 f"warmup is a share below 1 or a whole number of steps; got {self.warmup:g}."
@@ -206,6 +230,13 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"trunk_folder is for trunk_cache: disk; trunk_cache is {self.trunk_cache}."
             )
+        if self.compile != "none" and self.trunk_cache != "none":
+            raise ValueError(
+                f"compile: {self.compile} and trunk_cache: {self.trunk_cache}: choose one; the "
+                "cached blocks do not run, and what is left is short."
+            )
+        if self.sharding != "none":
+            _check_sharding(self)
         if self.patience and not self.validation and self.validation_share == 0:
             raise ValueError(
                 "patience needs validation data: give validation or a validation_share above 0."
@@ -230,9 +261,22 @@ class RunConfig(BaseModel):
         return None if self.quantize is None else Storage(self.quantize, self.double_quantization)
 
     @property
+    def rows(self) -> int:
+        """Examples per micro-batch, once that of `batch: auto` is known."""
+        if self.batch == "auto":
+            raise SettingError("batch: auto is settled by a run when its data is read")
+        return self.batch
+
+    @property
+    def rows_per_step(self) -> int:
+        """Examples of an optimiser step in each process."""
+        batch = RunConfig.model_fields["batch"].default if self.batch == "auto" else self.batch
+        return batch * self.accumulate
+
+    @property
     def batch_in_evaluation(self) -> int:
         """Examples per batch where no gradients are kept."""
-        return self.eval_batch or 2 * self.batch
+        return self.eval_batch or 2 * self.rows
 
     def replace(self, **changes: Any) -> RunConfig:
         """This config with some settings changed, checked anew."""
@@ -256,6 +300,22 @@ class RunConfig(BaseModel):
             SettingError: the file is missing or no YAML mapping, or a setting is wrong.
         """
         return cls(**(_read_yaml(Path(path)) | dict(overrides or {})))
+
+
+def _check_sharding(config: RunConfig) -> None:
+    what = f"sharding: {config.sharding}"
+    if config.quantize:
+        raise ValueError(
+            f"{what} spreads weights in full precision, and quantize: {config.quantize} packs them "
+            "with scales that no shard keeps: choose one (70 billion numbers in nf4 take 36 GB)."
+        )
+    if config.trunk_cache != "none":
+        raise ValueError(f"{what} and trunk_cache: {config.trunk_cache}: choose one.")
+    if config.generate and config.task == "seq2seq":
+        raise ValueError(
+            f"generate calls the encoder alone, which {what} does not allow: leave it out, and "
+            "write with the trained adapter in one process (`espalier generate`)."
+        )
 
 
 def _message(error: ValidationError) -> str:

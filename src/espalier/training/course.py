@@ -8,7 +8,7 @@ import functools
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,17 +16,32 @@ from espalier.accounting import account
 from espalier.errors import SettingError
 from espalier.graft import find, get
 from espalier.recipes import Recipe
-from espalier.training import finish, folders, models, randomness, report, state, threads
+from espalier.training import (
+    finish,
+    folders,
+    models,
+    processes,
+    randomness,
+    report,
+    state,
+    threads,
+)
 from espalier.training.choosing import choose
+from espalier.training.compiling import compiled
 from espalier.training.config import RunConfig
+from espalier.training.evaluate import evaluating, inputs
 from espalier.training.job import Job
 from espalier.training.loop import Loop
 from espalier.training.memory import explained, in_words, used
+from espalier.training.offload import offloaded, store_for
 from espalier.training.prepare import Material
 from espalier.training.record import Record
 from espalier.training.result import RunResult
 from espalier.training.trunk_cache import trunk_cache
 from espalier.verbs import attach, detach, only_active
+
+if TYPE_CHECKING:
+    from espalier.data.separation import Separation
 
 _LONG = 500  # examples to train on
 
@@ -37,13 +52,18 @@ def go(at: Material, parts: Recipe | None, name: str, new: list[str] | None = No
     Without `parts` the active adapter goes on training. A dry run stops after one step. An adapter
     whose training failed is taken out again, so that the next try finds its name free.
     """
-    models.to_device(at.model, at.device)
+    if processes.shares_base(at.config, at.out.accelerator):
+        processes.spread(at.model, at.config, at.out.accelerator)
+    else:
+        models.to_device(at.model, at.device)
     _check_packing(at, find(at.model).words if parts is None else parts.words)
+    store_for(at.config.offload, at.device)  # refused before anything is attached
     randomness.seed_all(at.config.seed)
     if parts is None:
         name = only_active(at.model)
         return _train(at, name, get(at.model, name).recipe)
     attach(at.model, parts, name, head=_head(at.config, new))
+    processes.agree(at.model, name, at.out.accelerator)
     try:
         choose(at, name)
         result = _train(at, name, parts)
@@ -62,10 +82,14 @@ def _train(at: Material, name: str, parts: Recipe) -> RunResult:
     with (
         _threads(at) as number,
         models.checkpointed(model, config.checkpointing),
-        explained(config, longest),
+        explained(config, longest, functools.partial(_needed, at, parts, longest)),
     ):
-        loop = Loop(_job(at, number, parts))
-        with trunk_cache(loop.job) as trunk:
+        loop = Loop(_job(at, number, parts, longest))
+        with (
+            trunk_cache(loop.job) as trunk,
+            offloaded(model, store_for(config.offload, at.device)),
+            compiled(model, config.compile, functools.partial(_traced, loop.job)),
+        ):
             _say_plan(at, loop, parts, counted)
             if config.dry_run:
                 return _trial(at, loop, counted)
@@ -86,7 +110,14 @@ def _train(at: Material, name: str, parts: Recipe) -> RunResult:
     return _result(at, loop, metrics, counted)
 
 
-def _job(at: Material, number: int, parts: Recipe) -> Job:
+def _needed(at: Material, parts: Recipe, longest: int) -> str:
+    """What a step takes in memory, and what to change, by a plan of this run."""
+    from espalier.planning import auto
+
+    return auto.out_of_memory(at.config, longest, parts, at.model, at.data.task, at.device)
+
+
+def _job(at: Material, number: int, parts: Recipe, longest: int) -> Job:
     # A base in bf16 computes in bf16 by itself; over an fp32 base autocast does.
     mixed = at.precision == "bf16" and at.model.dtype == torch.float32
     device = at.device.type
@@ -109,6 +140,7 @@ def _job(at: Material, number: int, parts: Recipe) -> Job:
         record=Record(at.out.main_folder, at.config.tensorboard),
         folder=at.out.folder,
         threads=number,
+        separation=_separation(at, longest),
     )
 
 
@@ -119,8 +151,8 @@ def _threads(at: Material) -> Iterator[int]:
     if number == "auto" and at.config.resume and at.out.folder:
         number = state.threads_before(at.out.folder) or "auto"
     if number == "auto" and _is_long(at):
-        tokens = at.config.batch * min(128, at.config.max_length or 128)
-        number = threads.probe(models.width(at.model), tokens)
+        tokens = at.config.rows * min(128, at.config.max_length or 128)
+        number = threads.probe(models.width(at.model.config), tokens)
     number = before if number == "auto" else number
     torch.set_num_threads(number)
     try:
@@ -132,7 +164,7 @@ def _threads(at: Material) -> Iterator[int]:
 def _is_long(at: Material) -> bool:
     """Whether a second for probing threads is well spent."""
     config, rows = at.config, len(at.encoded.examples["train"])
-    steps = (config.steps or 0) * config.batch * config.accumulate
+    steps = (config.steps or 0) * config.rows_per_step
     examples = steps or rows * config.epochs
     return at.device.type == "cpu" and not config.dry_run and examples >= _LONG
 
@@ -146,14 +178,34 @@ def _say_plan(at: Material, loop: Loop, parts: Recipe, counted: Mapping[str, Any
 
 
 def _check_packing(at: Material, words: int) -> None:
-    if at.config.batching == "pack":
-        from espalier.data import packing_refusal
+    if at.config.batching == "pack" and words:
+        raise SettingError(
+            "batching: pack does not suit this model: the words of a prompt would stand before "
+            "the first of several texts alone. Use bucket."
+        )
 
-        why = packing_refusal(at.model)
-        if words:
-            why = "the words of a prompt would stand before the first of several texts alone"
-        if why:
-            raise SettingError(f"batching: pack does not suit this model: {why}. Use bucket.")
+
+def _separation(at: Material, longest: int) -> Separation | None:
+    """How the adapted model keeps the texts of packed rows apart, where there are any."""
+    if at.config.batching != "pack":
+        return None
+    from espalier.data.separation import separation
+
+    found = separation(at.model, longest, whole_graphs=at.config.compile != "none")
+    if isinstance(found, str):
+        raise SettingError(f"batching: pack does not suit this model: {found}. Use bucket.")
+    return found
+
+
+def _traced(job: Job) -> None:
+    """A training and an evaluation pass over a small batch, for what looks at their graphs."""
+    few = sorted(job.train, key=lambda example: len(example["input_ids"]))[:2]
+    given = inputs(job.task, job.collate(few), job.accelerator.device, job.model.dtype)
+    job.model.train()
+    with job.autocast(), job.apart(few):
+        job.model(**given)
+        with evaluating(job.model):
+            job.model(**given)
 
 
 def _check_space(at: Material, loop: Loop) -> None:

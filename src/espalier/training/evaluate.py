@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from espalier.modules import is_sharded
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
@@ -29,12 +31,6 @@ def targets(batch: Mapping[str, Tensor], causal: bool) -> int:
     if labels.dim() == 2 and not labels.is_floating_point():
         return int(((labels[:, 1:] if causal else labels) != -100).sum())
     return len(labels)
-
-
-def real_tokens(batch: Mapping[str, Tensor]) -> int:
-    """Tokens of a batch without padding."""
-    mask = batch.get("attention_mask")
-    return batch["input_ids"].numel() if mask is None else int((mask != 0).sum())
 
 
 def inputs(
@@ -89,7 +85,9 @@ def evaluate(
     from espalier.data import in_order
 
     causal = task.name == "causal"
-    chunks = in_order(examples, batch_size)[accelerator.process_index :: accelerator.num_processes]
+    every, processes = in_order(examples, batch_size), accelerator.num_processes
+    chunks = every[accelerator.process_index :: processes]
+    alone = -(-len(every) // processes) - len(chunks)  # passes that another process has more
     found: list[tuple[float, int, list[Any], list[Any]]] = []
     with evaluating(model):
         for chunk in chunks:
@@ -99,6 +97,10 @@ def evaluate(
                 outputs = model(**inputs(task, batch, accelerator.device, model.dtype))
             loss = float(task.loss(outputs, batch)) if count else 0.0
             found.append((loss, count, task.predict(outputs, batch), task.references(batch)))
+        for chunk in every[: alone if is_sharded(model) else 0]:  # a pass is one of all processes
+            batch = task.collate([examples[i] for i in chunk], tokenizer)
+            with autocast(), giving(chunk):
+                model(**inputs(task, batch, accelerator.device, model.dtype))
     if accelerator.num_processes > 1:
         found = gather_object(found)
     total = sum(count for _, count, _, _ in found)

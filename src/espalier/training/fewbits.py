@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from espalier.errors import CheckpointError, SettingError, SiteError
+from espalier.fast.nf4 import quick
 from espalier.places import Sites, sites
 from espalier.quantised import quantisable, settle
 from espalier.storage import Footprint, Storage, footprint, library
@@ -95,7 +96,7 @@ def loaded(
         CheckpointError: A weight to quantise is not in the files.
     """
     more = keywords(auto, name, settings, storage, dtype)
-    with _tight():
+    with _tight(), quick():
         model, info = auto.from_pretrained(
             name,
             dtype=dtype,

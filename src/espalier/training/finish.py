@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from espalier.checkpoint import load, save
+from espalier.checkpoint import load, open_saved, save
 from espalier.container import write_text
 from espalier.errors import CheckpointError
+from espalier.graft import get
+from espalier.modules import is_sharded
 from espalier.recipes import Recipe
 from espalier.training import plot
 from espalier.training.card import card_text
 from espalier.training.evaluate import evaluating, inputs
 from espalier.training.folders import AS_TRAINED
+from espalier.training.job import Job
 from espalier.training.loop import Loop
 from espalier.training.prepare import Material
 from espalier.verbs import activate, detach, has_plain, to_plain
@@ -88,7 +91,8 @@ def keep(
     if task.writes:
         extras["generation"] = {"max_new_tokens": config.max_new_tokens, "do_sample": False}
     save(at.model, name, folder / "adapter", extras=extras)
-    note = _check_reload(at, name)
+    sharded = is_sharded(at.model)
+    note = _check_numbers(at, name) if sharded else _check_reload(at, loop.job, name)
     if note:
         at.out.screen.say(note)
     card = card_text(config, parts, task, at.data.splits, metrics, counted, folder)
@@ -100,19 +104,30 @@ def keep(
         at.out.screen.say("No loss.png: matplotlib is missing; pip install 'espalier[report]'.")
 
 
-def _check_reload(at: Material, name: str) -> str | None:
+def _check_numbers(at: Material, name: str) -> None:
+    """Compare what was saved with what was trained, where a pass takes all processes."""
+    assert at.out.folder is not None
+    saved, _ = open_saved(at.out.folder / "adapter")
+    if not all(torch.equal(saved.tensor(k), v.cpu()) for k, v in get(at.model, name).named()):
+        raise CheckpointError(
+            f"The adapter saved in {at.out.folder / 'adapter'} has other numbers than the one just "
+            "trained. Please report this with the run's config.yaml."
+        )
+
+
+def _check_reload(at: Material, job: Job, name: str) -> str | None:
     """Load what was saved beside the adapter and compare outputs bit for bit."""
     assert at.out.folder is not None
     task, other = at.data.task, f"{name} (reloaded)"
     split = "validation" if at.encoded.examples.get("validation") else "train"
-    examples = at.encoded.examples[split][: min(8, at.config.batch)]
-    batch = task.collate(examples, at.tokenizer)
+    examples = at.encoded.examples[split][: min(8, at.config.rows)]
+    batch = job.collate(examples)
 
     def outputs(choice: str | None) -> Tensor:
         activate(at.model, choice)
         return at.model(**inputs(task, batch, at.device, at.model.dtype)).logits
 
-    with evaluating(at.model):
+    with evaluating(at.model), job.apart(examples):
         trained = outputs(name)
         load(at.model, at.out.folder / "adapter", name=other)
         same = torch.equal(trained, outputs(other))

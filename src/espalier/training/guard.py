@@ -95,8 +95,8 @@ def _first_bad(job: Job, micro: list[int]) -> str | None:
 
     hooks = [m.register_forward_hook(watch(n)) for n, m in job.model.named_modules() if n]
     try:
-        with torch.no_grad(), job.autocast():
-            batch = job.task.collate([job.train[i] for i in micro], job.tokenizer)
+        with torch.no_grad(), job.autocast(), job.apart([job.train[i] for i in micro]):
+            batch = job.collate([job.train[i] for i in micro])
             given = inputs(job.task, batch, job.accelerator.device, job.model.dtype)
             loss = job.task.loss(job.model(**given), batch)
     finally:

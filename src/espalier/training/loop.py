@@ -9,6 +9,7 @@ add with one all-reduce: no wrapper around the model is needed.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
@@ -22,13 +23,15 @@ from torch import Tensor, nn
 from espalier.errors import TrainingError
 from espalier.graft import get
 from espalier.lifecycle import Lifecycle
+from espalier.modules import is_sharded
 from espalier.training import state
 from espalier.training.config import RunConfig
-from espalier.training.evaluate import evaluate, inputs, real_tokens, targets
+from espalier.training.evaluate import evaluate, inputs, targets
 from espalier.training.guard import Places, check_finite
 from espalier.training.job import Job
 from espalier.training.memory import used
 from espalier.training.optimizers import optimizer
+from espalier.training.prefetch import Prepared, ahead, collated, prepare
 from espalier.training.schedule import factor, total_steps, warmup_steps
 from espalier.verbs import activate, active, constants, groups, only_active
 
@@ -49,6 +52,7 @@ class Loop:
         self.parameters: list[nn.Parameter] = [p for group in parts for p in group["params"]]
         self.optimizer, self.note = optimizer(config.optimizer, parts, job.lr)
         self.constants = constants(job.model)
+        self.sharded = is_sharded(job.model)
         self.at = state.Position()
         self.per_epoch = len(self.epoch(0))
         self.total = total_steps(self.config.epochs, self.config.steps, self.per_epoch)
@@ -70,7 +74,7 @@ class Loop:
 
         micro = batches(
             self.job.train,
-            self.config.batch,
+            self.config.rows,
             how=self.config.batching,
             seed=self.config.seed,
             epoch=number,
@@ -102,7 +106,8 @@ class Loop:
             return max(len(m) * max(len(self.job.train[i]["input_ids"]) for i in m) for m in step)
 
         self.job.model.train()
-        loss, norm, _ = self._gradients(max(self.epoch(0), key=weight))
+        step = max(self.epoch(0), key=weight)
+        loss, norm, _ = self._gradients(step, self._prepared(step))
         self.places.check(0, self.total, float(norm))
         self._forget()
         return float(loss)
@@ -132,37 +137,38 @@ class Loop:
         self.at, offset = state.read_position(found, self.fixed)
         process = self.job.accelerator.process_index
         numbers = (self.parameters, self.constants)
-        self.best = state.restore(found, *numbers, self.optimizer, process)
+        self.best = state.restore(found, *numbers, self.optimizer, process, self.config.seed)
         activate(self.job.model, active(self.job.model))  # deltas that keep numbers read them anew
         self.job.record.rewind(offset)
 
     def _epoch(self) -> None:
         steps = self.epoch(self.at.epoch)
-        for step in steps[self.at.index :]:
-            self._step(step)
-            self.at.step += 1
-            self.at.index += 1
-            ended = self.at.index == len(steps)
-            last = self.at.step == self.total
-            if last or self._due(self.config.evaluate_every, ended):
-                self._report()
-                self._check()
-            if ended:
-                self.at.epoch, self.at.index = self.at.epoch + 1, 0
-            if last or self.at.stopped or self._due(self.config.save_every, ended):
-                self._save()
-            if last or self.at.stopped:
-                return
+        with contextlib.closing(ahead(self._prepared, steps[self.at.index :])) as coming:
+            for step, made in coming:
+                self._step(step, made)
+                self.at.step += 1
+                self.at.index += 1
+                ended = self.at.index == len(steps)
+                last = self.at.step == self.total
+                if last or self._due(self.config.evaluate_every, ended):
+                    self._report()
+                    self._check()
+                if ended:
+                    self.at.epoch, self.at.index = self.at.epoch + 1, 0
+                if last or self.at.stopped or self._due(self.config.save_every, ended):
+                    self._save()
+                if last or self.at.stopped:
+                    return
 
     def _due(self, every: int | None, ended: bool) -> bool:
         return ended if every is None else self.at.step % every == 0
 
-    def _step(self, step: list[list[int]]) -> None:
+    def _step(self, step: list[list[int]], made: Prepared) -> None:
         start = time.perf_counter()
         share = factor(self.at.step, self.total, self.warmup, self.config.schedule)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * share
-        loss, norm, tokens = self._gradients(step)
+        loss, norm, tokens = self._gradients(step, made)
         loss, norm = torch.stack([loss, norm]).tolist()  # the step's one wait for the device
         check_finite(self.job, loss, norm, self.at.step + 1, step)
         self.places.check(self.at.step, self.total, norm)
@@ -189,23 +195,23 @@ class Loop:
         )
         self.job.screen.step(self.at.step + 1, self.total, loss, seconds, rows, tokens, memory)
 
-    def _gradients(self, step: list[list[int]]) -> tuple[Tensor, Tensor, int]:
+    def _gradients(self, step: list[list[int]], made: Prepared) -> tuple[Tensor, Tensor, int]:
         """Loss and gradient norm (before clipping) of a step, and its tokens in all processes."""
         job, accelerator = self.job, self.job.accelerator
         device = accelerator.device
-        mine = step[accelerator.process_index :: accelerator.num_processes]
-        batches = [job.task.collate([job.train[i] for i in micro], job.tokenizer) for micro in mine]
-        counts = [targets(batch, job.task.name == "causal") for batch in batches]
-        total, tokens = sum(counts), sum(real_tokens(batch) for batch in batches)
+        mine, (batches, counts, tokens) = self._mine(step), made
+        total = sum(counts)
         if accelerator.num_processes > 1:
             sums = torch.tensor([total, tokens], device=device)
             total, tokens = accelerator.reduce(sums, "sum").tolist()  # type: ignore[union-attr]
         if not total:
             rows = ", ".join(job.sources[i] for micro in step for i in micro)
             raise TrainingError(f"No target in a whole step: {rows}.")
+        if self.sharded:
+            self._keep_pace(step, mine, batches, counts)
         loss = torch.zeros((), device=device)
         for some, batch, count in zip(mine, batches, counts, strict=True):
-            if not count:  # the mean over no target is not a number
+            if not count and not self.sharded:  # the mean over no target is not a number
                 continue
             with job.giving(job.train, some):
                 with job.autocast():
@@ -220,6 +226,39 @@ class Loop:
         self.life.penalise()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or float("inf"))
         return loss, norm, tokens  # type: ignore[return-value]
+
+    def _mine(self, step: list[list[int]]) -> list[list[int]]:
+        """The micro-batches of this process."""
+        accelerator = self.job.accelerator
+        return step[accelerator.process_index :: accelerator.num_processes]
+
+    def _prepared(self, step: list[list[int]]) -> Prepared:
+        return prepare(self.job, self._mine(step))
+
+    def _keep_pace(
+        self,
+        step: list[list[int]],
+        mine: list[list[int]],
+        batches: list[dict[str, Tensor]],
+        counts: list[int],
+    ) -> None:
+        """Give this process as many passes as any other has; those that count nothing weigh 0.
+
+        A pass over a sharded base is one of all processes. What stands in for a micro-batch that
+        is missing, or has no target, is the step's first one that has some.
+        """
+        passes = math.ceil(len(step) / self.job.accelerator.num_processes)
+        mine += [[]] * (passes - len(mine))
+        counts += [0] * (passes - len(counts))
+        batches += [{}] * (passes - len(batches))
+        if all(counts):
+            return
+        causal = self.job.task.name == "causal"
+        found = ((micro, collated(self.job, micro)) for micro in step)
+        some, batch = next(pair for pair in found if targets(pair[1], causal))
+        for at, count in enumerate(counts):
+            if not count:
+                mine[at], batches[at] = some, batch
 
     def _add_up(self) -> None:
         for parameter in self.parameters:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -34,12 +34,12 @@ def in_words(count: float) -> str:
 def advice(config: RunConfig, longest: int) -> str:
     """Up to three changes that lower the memory a step takes, the most useful first."""
     changes = []
-    if config.batch > 1:
-        batch = max(1, config.batch // 4)
-        accumulate = config.accumulate * config.batch // batch
+    if config.rows > 1:
+        batch = max(1, config.rows // 4)
+        accumulate = config.rows_per_step // batch
         changes.append(
             f"batch: {batch} with accumulate: {accumulate} (the same step, "
-            f"about {config.batch / batch:.0f} times less for activations)"
+            f"about {config.rows / batch:.0f} times less for activations)"
         )
     changes += [] if config.checkpointing else ["checkpointing: true (about 1/3 slower)"]
     changes += [] if config.precision == "bf16" else ["precision: bf16 (half for the base)"]
@@ -50,8 +50,14 @@ def advice(config: RunConfig, longest: int) -> str:
 
 
 @contextlib.contextmanager
-def explained(config: RunConfig, longest: int) -> Iterator[None]:
-    """Turn an out-of-memory error into a TrainingError that ranks three ways out."""
+def explained(
+    config: RunConfig, longest: int, planned: Callable[[], str] = lambda: ""
+) -> Iterator[None]:
+    """Turn an out-of-memory error into a TrainingError that ranks the ways out.
+
+    `planned` tells them with what each comes to; where it has nothing to say they are told
+    without numbers.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -60,7 +66,8 @@ def explained(config: RunConfig, longest: int) -> Iterator[None]:
         )
         if not out_of_memory:
             raise
+        told = planned() or f"What helps, most first:\n{advice(config, longest)}"
         raise TrainingError(
             f"Out of memory with batch: {config.batch} and up to {longest} tokens per example. "
-            f"What helps, most first:\n{advice(config, longest)}"
+            f"{told}"
         ) from error

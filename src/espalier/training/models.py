@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from espalier.tasks import Task
 
 
+_WIDE = 256  # hidden width from which bf16 pays on a CPU
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model.
 
@@ -64,11 +67,26 @@ def writing_task(config: Any) -> str | None:
     return "causal" if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encoder else None
 
 
-def precision_of(asked: str, device: torch.device) -> str:
-    """fp32 or bf16: as asked, or for "auto" bf16 on GPUs that have it."""
+def precision_of(asked: str, device: torch.device, config: Any = None) -> str:
+    """fp32 or bf16: as asked, or for "auto" bf16 where the device is made for it.
+
+    A CPU with units for bf16 products takes half the time for layers of some width; below that it
+    gains little. Without the model's `config` its width is not known, and "auto" is fp32 there.
+    """
     if asked != "auto":
         return asked
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    fast = device.type == "cpu" and has_bf16_units()
+    return "bf16" if fast and config is not None and width(config) >= _WIDE else "fp32"
+
+
+def has_bf16_units() -> bool:
+    """Whether this CPU multiplies bf16 matrices by instructions of its own (AVX-512, AMX).
+
+    What a CPU has is asked, not timed: a stopped run must find the same answer.
+    """
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def limit_of(config: Any, tokenizer: Any, taken: int = 0) -> int | None:
@@ -155,9 +173,9 @@ def set_padding(model: Any, tokenizer: Any) -> None:
         model.config.pad_token_id = pad_id(tokenizer)
 
 
-def width(model: Any) -> int:
-    """The model's hidden width, for the probe of threads."""
-    config = model.config.get_text_config()
+def width(config: Any) -> int:
+    """A model's hidden width, from its configuration."""
+    config = config.get_text_config()
     return int(getattr(config, "hidden_size", None) or getattr(config, "d_model", None) or 512)
 
 

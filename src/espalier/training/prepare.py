@@ -77,7 +77,7 @@ class Material:
     @property
     def precision(self) -> str:
         """fp32 or bf16."""
-        return models.precision_of(self.config.precision, self.device)
+        return models.precision_of(self.config.precision, self.device, self.model.config)
 
 
 def read_data(

@@ -14,6 +14,7 @@ from espalier.recipes import Recipe
 from espalier.training.card import commands
 from espalier.training.loop import Loop
 from espalier.training.memory import in_words
+from espalier.training.processes import described
 from espalier.training.progress import Screen, duration
 from espalier.training.result import RunResult
 
@@ -28,7 +29,7 @@ def plan(loop: Loop, data: TaskData, parts: Recipe, account: Mapping[str, Any]) 
     labels = f" · {len(task.labels)} labels" if task.labels else ""
     trained = account["trained"] + account["head"]
     share = trained / max(1, account["total"])
-    size = config.batch * config.accumulate * loop.job.accelerator.num_processes
+    size = config.rows_per_step * loop.job.accelerator.num_processes
     device = loop.job.accelerator.device
     threads = f", {loop.job.threads} CPU threads" if device.type == "cpu" else ""
     length = (
@@ -44,6 +45,7 @@ def plan(loop: Loop, data: TaskData, parts: Recipe, account: Mapping[str, Any]) 
         f"{parts} · trains {trained:,} of {account['total']:,} parameters ({share:.2%})",
         f"{length} of {size} examples · {rate}",
         *([] if loop.note is None else [loop.note]),
+        *described(config, loop.job.accelerator),
         *in_few_bits(loop.job.model),
     ]
 

@@ -18,11 +18,13 @@ import torch
 from espalier.errors import CheckpointError, SettingError, SiteError
 from espalier.graft import find
 from espalier.recipes import Method, Recipe, recipe
-from espalier.training import folders, models, randomness
+from espalier.sharding import shard
+from espalier.training import folders, models, processes, randomness
 from espalier.training.config import RunConfig
 from espalier.training.course import go
 from espalier.training.logs import quiet
 from espalier.training.prepare import (
+    Encoded,
     Material,
     Outset,
     Rows,
@@ -60,15 +62,22 @@ def train(config: RunConfig) -> RunResult:
         data = read_data(config)
         config = config.replace(task=data.task.name)  # its rules again, now that it is known
         tokenizer = models.load_tokenizer(config.model)
-        limit = models.limit_of(models.load_config(config.model), tokenizer, parts.words)
+        base = models.load_config(config.model)
+        limit = models.limit_of(base, tokenizer, parts.words)
         config = fitting(config, limit, parts.words)
         encoded = encode(data, tokenizer, config)
+        config = _batch_settled(config, parts, config.model, data, encoded, out)
     with _folder_open(out, config):
-        precision = models.precision_of(config.precision, out.accelerator.device)
+        precision = models.precision_of(config.precision, out.accelerator.device, base)
         half = precision == "bf16" and not parts.trains_base
         dtype = torch.bfloat16 if half else torch.float32
         randomness.seed_all(config.seed)  # the new head starts the same in every process
-        model, new = models.load_model(config.model, data.task, tokenizer, dtype, config.storage)
+        mesh = processes.mesh(config, out.accelerator)
+        with processes.in_turn(out.accelerator, mesh is not None):
+            load = (config.model, data.task, tokenizer, dtype, config.storage)
+            model, new = models.load_model(*load)
+            if mesh is not None:
+                shard(model, mesh)
         return go(Material(config, model, tokenizer, data, encoded, out), parts, "default", new)
 
 
@@ -110,9 +119,37 @@ def fit(
         taken = parts.words if parts is not None else find(model).words
         config = fitting(config, models.limit_of(model.config, tokenizer, taken), taken)
         encoded = encode(read, tokenizer, config)
+        config = _batch_settled(config, parts, model, read, encoded, out)
     with _folder_open(out, config):
         models.set_padding(model, tokenizer)
         return go(Material(config, model, tokenizer, read, encoded, out), parts, name)
+
+
+def _batch_settled(
+    config: RunConfig,
+    parts: Recipe | None,
+    model: Any,
+    data: TaskData,
+    encoded: Encoded,
+    out: Outset,
+) -> RunConfig:
+    """The config with the batch that fits in memory where it is "auto"; `model` may be a name."""
+    if config.batch != "auto":
+        return config
+    from espalier.planning import auto
+
+    here = not isinstance(model, str) and model.device.type == out.accelerator.device.type
+    config, said = auto.settle(
+        config,
+        parts or auto.recipe_of(model),
+        auto.known_of(model, data.task),
+        encoded.examples,
+        out.accelerator,
+        auto.taken(model) if here else 0,
+    )
+    if said:
+        out.screen.say(said)
+    return config
 
 
 def _set_out(config: RunConfig, folder: Path | None) -> Outset:
@@ -121,10 +158,8 @@ def _set_out(config: RunConfig, folder: Path | None) -> Outset:
     if config.tensorboard:
         check_tensorboard()
     with quiet(None):
-        from accelerate import Accelerator
+        accelerator = processes.accelerator(config)
         from accelerate.utils import broadcast_object_list
-
-        accelerator = Accelerator()
     if folder and accelerator.is_main_process:
         folders.check(folder, config)
     if accelerator.num_processes > 1:
@@ -144,7 +179,8 @@ def _folder_open(out: Outset, config: RunConfig) -> Iterator[None]:
         folders.create(out.main_folder, config)
     out.accelerator.wait_for_everyone()
     try:
-        with quiet(out.main_folder / "log.txt" if out.main_folder else None):
+        log = out.main_folder / "log.txt" if out.main_folder else None
+        with processes.together(out.accelerator), quiet(log):
             yield
     except (SettingError, SiteError, CheckpointError):
         if out.main_folder and not config.resume:

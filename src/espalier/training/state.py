@@ -5,6 +5,9 @@
                                         AdamW's moments
                    random-0.safetensors random states of python, numpy and torch, one per process
 
+A run may go on with another number of processes where `accumulate` makes up for it: the steps are
+dealt out of the same micro-batches in the same order.
+
 A state is written under a temporary name and renamed when complete; only then the one before is
 removed. No pickle is written or read.
 """
@@ -52,7 +55,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Fixed:
-    """What must be the same when a run is resumed."""
+    """What must be the same when a run is resumed; of processes, their number × accumulate."""
 
     config: RunConfig
     threads: int
@@ -140,17 +143,39 @@ def read_position(state: Path, fixed: Fixed) -> tuple[Position, int]:
         CheckpointError: the state cannot be read.
     """
     run = _read_json(state)
-    refuse_changed(run["fixed"]["config"], fixed.config)
-    for key, what in (("data", "the training data"), ("processes", "the number of processes")):
-        if run["fixed"][key] != _plain(fixed)[key]:
-            raise SettingError(f"The run cannot be resumed: {what} changed since it was started.")
+    was = run["fixed"]
+    refuse_changed(was["config"], fixed.config, but="accumulate")
+    if was["data"] != fixed.data:
+        raise SettingError(
+            "The run cannot be resumed: the training data changed since it was started."
+        )
+    _refuse_other_steps(was["config"]["accumulate"], was["processes"], fixed)
     return Position(**run["position"]), int(run["offset"])
 
 
-def refuse_changed(was: Mapping[str, Any], config: RunConfig) -> None:
-    """Raise SettingError where a setting that matters is not what the stopped run had."""
+def _refuse_other_steps(accumulate: int, processes: int, fixed: Fixed) -> None:
+    """Raise SettingError where a step had another number of micro-batches, dealt as they may be."""
+    before, now = accumulate * processes, fixed.config.accumulate * fixed.processes
+    if before == now:
+        return
+    fits = before % fixed.processes == 0
+    raise SettingError(
+        f"A step had {before} micro-batches (accumulate {accumulate}, in each of {processes} "
+        f"processes), and would now have {now} (accumulate {fixed.config.accumulate} in "
+        f"{fixed.processes}). "
+        + (
+            f"Write accumulate: {before // fixed.processes} (--accumulate) and the run goes on "
+            "with the same steps."
+            if fits
+            else f"Resume on a number of processes that divides {before}, with accumulate the rest."
+        )
+    )
+
+
+def refuse_changed(was: Mapping[str, Any], config: RunConfig, but: str = "") -> None:
+    """Raise SettingError where a setting that matters, `but` one, is not the stopped run's."""
     now = config.to_dict()
-    changed = [key for key in DECISIVE if was.get(key) != now[key]]
+    changed = [key for key in DECISIVE if key != but and was.get(key) != now[key]]
     if changed:
         lines = [f"  {key}: was {was.get(key)!r}, now {now[key]!r}" for key in changed]
         raise SettingError(
@@ -172,8 +197,11 @@ def restore(
     constants: Sequence[Tensor],
     optimizer: torch.optim.Optimizer,
     process: int = 0,
+    seed: int = 0,
 ) -> list[Tensor] | None:
     """Put a state's adapter, optimiser and random states back; the best adapter's tensors come out.
+
+    A process that the stopped run did not have draws from a random state of its own.
 
     Raises:
         CheckpointError: a file is broken or does not fit this adapter.
@@ -192,7 +220,11 @@ def restore(
     mark = "optimizer."
     remembered = {k.removeprefix(mark): t for k, t in tensors.items() if k.startswith(mark)}
     put_moments(optimizer, remembered)
-    randomness.read(state / f"random-{process}.safetensors")
+    drawn = state / f"random-{process}.safetensors"
+    if drawn.is_file():
+        randomness.read(drawn)
+    else:
+        randomness.seed_all(seed + process + int(state.name[5:]) * 1_000_003)
     best = [tensors[f"best.{i}"] for i in range(len(parameters)) if f"best.{i}" in tensors]
     return best or None
 

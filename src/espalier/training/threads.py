@@ -12,8 +12,10 @@ import time
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPU cores that this process may use; its share, where a launcher started several here."""
+    has = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def candidates(cores: int) -> list[int]:

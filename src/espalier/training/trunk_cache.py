@@ -74,11 +74,10 @@ class TrunkCache:
         self.dtype = DTYPES[job.config.trunk_dtype]
         by_length = sorted(job.train, key=lambda example: len(example["input_ids"]))
         few = [by_length[0], by_length[-1]]
-        batch = job.task.collate(few, job.tokenizer)
-        again = job.task.collate(few, job.tokenizer)
+        batch, again = job.collate(few), job.collate(few)
         if any(not torch.equal(batch[name], again[name]) for name in batch):
             raise SettingError("trunk_cache: the task makes other inputs of an example each time")
-        self.cut = self._cut(batch)
+        self.cut = self._cut(few, batch)
         self.stores: list[tuple[Examples, store.Store]] = []
         self.replay = Replay(job.model, self.cut)
         try:
@@ -149,15 +148,15 @@ class TrunkCache:
 
     # --------------------------------------------------------------------------------- preparing it
 
-    def _cut(self, batch: Mapping[str, Tensor]) -> Cut:
+    def _cut(self, few: Examples, batch: Mapping[str, Tensor]) -> Cut:
         try:
-            return cut(self.job.model, lambda: self._loss(batch))
+            return cut(self.job.model, lambda: self._loss(few, batch))
         except SettingError as error:
             raise SettingError(f"trunk_cache: {error}") from None
 
-    def _loss(self, batch: Mapping[str, Tensor]) -> float:
+    def _loss(self, few: Examples, batch: Mapping[str, Tensor]) -> float:
         job = self.job
-        with evaluating(job.model), job.autocast():
+        with evaluating(job.model), job.autocast(), job.apart(few):
             given = inputs(job.task, batch, job.accelerator.device, job.model.dtype)
             return float(job.task.loss(job.model(**given), batch))
 
@@ -165,9 +164,9 @@ class TrunkCache:
         """Refuse a model whose loss changes when its blocks' states are given."""
         layout = self._layout(few, torch.float32, [[0, 1]])
         kept = store.Store(layout, self._run(few, layout))
-        live = self._loss(batch)
+        live = self._loss(few, batch)
         with self.replay.replaying(store.Batch(kept, [0, 1])):
-            given = self._loss(batch)
+            given = self._loss(few, batch)
         slack = 1e-3 if self.job.precision == "fp32" else 3e-2
         if not (math.isclose(live, given, rel_tol=slack, abs_tol=slack) or math.isnan(live)):
             raise SettingError(
@@ -194,10 +193,10 @@ class TrunkCache:
         two = bool(encoders(job.model, find(job.model).places))
         for some in passes:
             own = [examples[i] for i in some]
-            batch = job.task.collate(own, job.tokenizer)
+            batch = job.collate(own)
             counts = [1] * len(own)
             if len(batch["input_ids"]) != len(own):  # an example of several rows
-                counts = [len(job.task.collate([e], job.tokenizer)["input_ids"]) for e in own]
+                counts = [len(job.collate([e])["input_ids"]) for e in own]
             for i, count in zip(some, counts, strict=True):
                 rows[i], total = (total, total + count), total + count
             given = job.task.inputs(batch)
@@ -314,9 +313,9 @@ class TrunkCache:
             real = torch.arange(tensor.shape[1]) < lengths[:, None]
             found[state] = tensor[real.to(tensor.device)].to("cpu", layout.dtype)
 
-        batch = job.task.collate([examples[i] for i in some], job.tokenizer)
-        given = inputs(job.task, batch, job.accelerator.device, job.model.dtype)
-        with self.replay.recording(sink):
+        own = [examples[i] for i in some]
+        given = inputs(job.task, job.collate(own), job.accelerator.device, job.model.dtype)
+        with job.apart(own), self.replay.recording(sink):
             job.model(**given)
         return {
             stack: torch.stack([found[state] for state in states], 1)
@@ -346,7 +345,8 @@ class TrunkCache:
 def _text(given: Mapping[str, Any], own: Examples) -> list[int]:
     """Tokens of each row of the text."""
     mask = given.get("attention_mask")
-    return [len(e["input_ids"]) for e in own] if mask is None else _real(mask)
+    packed = mask is None or mask.dim() == 4
+    return [len(e["input_ids"]) for e in own] if packed else _real(mask)
 
 
 def _read(given: Mapping[str, Any], own: Examples) -> list[int]:

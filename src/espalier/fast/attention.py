@@ -1,0 +1,151 @@
+"""Attention as batched products, for bf16 on a CPU, where they take half of a flash kernel's time.
+
+    O = softmax(s · Q Kᵀ + M) V,   Q (B, h, T, d), K and V (B, h_kv, S, d), M (T, S) or (B, 1, T, S)
+
+Queries are taken in blocks: a causal block meets no keys after its last query, and no matrix is
+larger than a block's scores. Backward keeps Q, K and V and makes the shares again. Scores are
+rounded to the type of Q, as in transformers' eager attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from espalier.fast.switch import enabled
+
+_KNOWN = frozenset(("scaling", "dropout", "is_causal", "sliding_window", "position_ids"))
+
+BLOCK = 256  # queries
+
+
+class _Batched(torch.autograd.Function):
+    """(q, k, v) → (B, T, h, d)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.scale, ctx.causal = scale, causal
+        batch, heads, length, _ = q.shape
+        out = q.new_empty(batch, length, heads, v.shape[-1])
+        keys, values = _flat(k), _flat(v)
+        for rows, seen in _blocks(length, k.shape[2], causal):
+            shares = _shares(q, keys, mask, scale, causal, rows, seen)
+            block = torch.bmm(shares, values[:, :seen])
+            out[:, rows] = _apart(block, q, rows).transpose(1, 2)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask = ctx.saved_tensors
+        (g,) = grads
+        keys, values = _flat(k), _flat(v)
+        dq = torch.empty_like(q)
+        dk = dv = None
+        for rows, seen in reversed(list(_blocks(q.shape[2], k.shape[2], ctx.causal))):
+            shares = _shares(q, keys, mask, ctx.scale, ctx.causal, rows, seen)
+            go = _together(g[:, rows].transpose(1, 2), k)
+            more = torch.bmm(go.transpose(1, 2), shares).transpose(1, 2)
+            gs = torch.bmm(go, values[:, :seen].transpose(1, 2))
+            gs = torch._softmax_backward_data(gs, shares, -1, shares.dtype)
+            more_k = torch.bmm(_together(q[:, :, rows], k).transpose(1, 2), gs).transpose(1, 2)
+            if dk is None or dv is None:  # the last block: it has seen every key
+                dk, dv = more_k, more
+            else:
+                dk[:, :seen] += more_k
+                dv[:, :seen] += more
+            block = torch.bmm(gs, keys[:, :seen]).mul_(ctx.scale)
+            dq[:, :, rows] = _apart(block, q, rows)
+        assert dk is not None and dv is not None
+        return dq, dk.mul_(ctx.scale).view_as(k), dv.view_as(v), None, None, None
+
+
+def suits(module: nn.Module) -> bool:
+    """Whether an attention computes where batched products pay: in bf16 on a CPU."""
+    own = next(module.parameters(), None)
+    return own is not None and own.dtype == torch.bfloat16 and own.device.type == "cpu"
+
+
+def in_training(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, given: Mapping[str, Any]
+) -> Tensor | None:
+    """What transformers' sdpa attention would give, (B, T, h, d); None where it had better."""
+    if not enabled() or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    given = {name: value for name, value in given.items() if value is not None}
+    odd = any(value is not False and name not in _KNOWN for name, value in given.items())
+    if odd or given.get("dropout") or q.dtype != torch.bfloat16 or q.device.type != "cpu":
+        return None
+    causal = given.get("is_causal", getattr(module, "is_causal", True))
+    causal = bool(causal) and mask is None and q.shape[2] > 1
+    if (causal and q.shape[2] != k.shape[2]) or k.shape[-1] != v.shape[-1]:
+        return None
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape[1] != 1):
+        return None
+    return batched(q, k, v, mask, given.get("scaling", q.shape[-1] ** -0.5), causal)
+
+
+def batched(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+) -> Tensor:
+    """Attention of queries (B, h, T, d) to keys and values (B, h_kv, S, d): (B, T, h, d).
+
+    Args:
+        q: The queries.
+        k: The keys; each head of them serves h / h_kv heads of queries.
+        v: The values.
+        mask: Added to the scores, or True where a key is seen: (1 or B, 1, 1 or T, S).
+        scale: What scores are multiplied with.
+        causal: Query i sees the keys 0 to i; T is S then.
+    """
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, torch.finfo(q.dtype).min)
+    return _Batched.apply(q, k, v, mask, scale, causal)  # type: ignore[return-value]
+
+
+def _blocks(queries: int, keys: int, causal: bool) -> Iterator[tuple[slice, int]]:
+    """Ranges of queries, and how many keys they can see."""
+    for start in range(0, queries, BLOCK):
+        stop = min(start + BLOCK, queries)
+        yield slice(start, stop), stop if causal else keys
+
+
+def _shares(
+    q: Tensor, keys: Tensor, mask: Tensor | None, scale: float, causal: bool, rows: slice, seen: int
+) -> Tensor:
+    """What a block of queries takes of each key it can see: (B·h_kv, h/h_kv · rows, seen)."""
+    batch, heads = len(q), len(keys) // len(q)
+    queries = _together(q[:, :, rows], keys.view(batch, heads, *keys.shape[1:]))
+    count = rows.stop - rows.start
+    if causal:
+        hidden = torch.full((count, seen), -torch.inf, dtype=q.dtype, device=q.device)
+        added = hidden.triu_(seen - count + 1).repeat(q.shape[1] // heads, 1)
+    elif mask is not None:
+        part = mask if mask.shape[2] == 1 else mask[:, :, rows]
+        part = part.expand(batch, heads, count, seen).repeat(1, 1, q.shape[1] // heads, 1)
+        added = part.flatten(0, 1)
+    else:
+        return torch.bmm(queries, keys.transpose(1, 2)).mul_(scale).softmax(-1)
+    scores = torch.baddbmm(added, queries, keys[:, :seen].transpose(1, 2), alpha=scale)
+    return scores.softmax(-1)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(B, h, S, d) as (B·h, S, d)."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _together(q: Tensor, k: Tensor) -> Tensor:
+    """Heads of queries (B, h, T, d) that share a head of keys in one matrix each."""
+    heads = k.shape[1]
+    return q.reshape(len(q) * heads, -1, q.shape[-1])
+
+
+def _apart(block: Tensor, q: Tensor, rows: slice) -> Tensor:
+    """The inverse of `_together`, for a block of queries: (B, h, rows, d)."""
+    return block.view(len(q), q.shape[1], rows.stop - rows.start, -1)

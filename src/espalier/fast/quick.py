@@ -1,0 +1,93 @@
+"""Finding the modules of a frozen base that can train with less memory, and standing in for them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from espalier.attention import Attention, callers
+from espalier.fast.attention import suits
+from espalier.fast.gated import act_of, gated
+from espalier.fast.norm import Law, norm_law, rms_norm
+from espalier.fast.switch import enabled
+from espalier.modules import base_modules
+
+if TYPE_CHECKING:
+    from espalier.graft import Graft
+
+
+class QuickNorm:
+    """A root mean square norm; what it computes is found out at its first use."""
+
+    def __init__(self) -> None:
+        self.law: Law | None = None
+        self.tried = False
+
+    def __call__(self, host: nn.Module, x: Tensor) -> Tensor | None:
+        """The norm's output, or None where its own forward had better be called."""
+        if not self.tried:
+            self.tried, self.law = True, norm_law(host, x)
+        weight = host.weight
+        if self.law is None or weight.requires_grad or weight.dtype != x.dtype:  # type: ignore[union-attr]
+            return None
+        return rms_norm(x, weight, self.law)  # type: ignore[arg-type]
+
+
+class QuickFeed:
+    """A gated feed-forward with its children by name: gate, up, out."""
+
+    def __init__(self, gate: str, up: str, out: str) -> None:
+        self.names = (gate, up, out)
+        self.act: str | None = None
+        self.tried = False
+
+    def __call__(self, host: nn.Module, x: Tensor) -> Tensor | None:
+        """The feed-forward's output, or None where its own forward had better be called."""
+        if not self.tried:
+            self.tried, self.act = True, act_of(host, self.names)
+        if self.act is None:
+            return None
+        gate, up, out = (host._modules[name] for name in self.names)
+        return out(gated(gate(x), up(x), self.act))  # type: ignore[misc]
+
+
+Quick = QuickNorm | QuickFeed
+
+
+def taken(quick: Quick, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a quick stand-in gives for this call; None where the host's own forward is to run."""
+    if len(args) != 1 or kwargs or not host.training or not torch.is_grad_enabled():
+        return None
+    if not enabled() or torch.compiler.is_compiling():
+        return None
+    x = args[0]
+    if not isinstance(x, Tensor) or torch.is_autocast_enabled(x.device.type):
+        return None
+    return quick(host, x)
+
+
+def quicken(graft: Graft, model: nn.Module) -> None:
+    """Give every norm and gated feed-forward a stand-in, and attention its batched products."""
+    modules = base_modules(model)
+    feeds: dict[str, dict[str, str]] = {}
+    for site in graft.places:
+        parent, _, child = site.path.rpartition(".")
+        if site.role == "norm" and not site.span:
+            graft.seat(site.path, modules[site.path]).quick = QuickNorm()
+        elif site.role in _FEED and site.rows is None and site.kind == "linear":
+            feeds.setdefault(parent, {})[site.role] = child
+    for path, names in feeds.items():
+        if names.keys() == _FEED:
+            graft.seat(path, modules[path]).quick = QuickFeed(
+                names["ffn.gate"], names["ffn.in"], names["ffn.out"]
+            )
+    if suits(model):
+        for path, module in callers(modules, graft.places).items():
+            if path not in graft.attentions:
+                graft.attentions[path] = Attention(module, graft)
+            graft.attentions[path].refresh()
+
+
+_FEED = {"ffn.gate", "ffn.in", "ffn.out"}

@@ -1,0 +1,58 @@
+"""Where a seat may compute its host and its deltas as one function, and how."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from espalier import hosts
+from espalier.deltas import Delta
+from espalier.fast.linear import Term, with_products
+from espalier.fast.switch import enabled
+
+if TYPE_CHECKING:
+    from espalier.seat import Seat
+
+Live = list[tuple[Delta, float]]
+
+
+def takes(seat: Seat, live: Live, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this call is a frozen linear with nothing but products beside it, in training."""
+    if len(args) != 1 or kwargs or not enabled() or not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling() or seat.inner is not None or seat.scaled:
+        return False
+    x, host = args[0], seat.host
+    if not live or not hosts.multiplies(host, x) or torch.is_autocast_enabled(x.device.type):
+        return False
+    return all(_adds_a_product(delta) for delta, _ in live)
+
+
+def _adds_a_product(delta: Delta) -> bool:
+    """Whether a delta's `after` is its product, on columns that lie side by side."""
+    kind, rows = type(delta), delta.site.rows
+    return (
+        kind.product is not Delta.product
+        and kind.before is Delta.before
+        and not delta.watches
+        and (rows is None or rows.groups == 1)
+    )
+
+
+def output(seat: Seat, live: Live, x: Tensor) -> Tensor:
+    """What the seat's host gives with every live product added."""
+    host: nn.Module = seat.host
+    weight, bias = hosts.operands(host, x.dtype)
+    drop = seat.graft.drop
+    terms: list[Term] = []
+    for delta, weighed in live:
+        product = delta.product(hosts.tensors(delta, x, host))
+        assert product is not None
+        share = product.dropout if host.training else 0.0
+        seed = drop.seed(x) if share else 0
+        rows = delta.site.rows
+        columns = slice(None) if rows is None else slice(rows.start, rows.stop)
+        terms.append(Term(*product[:2], product.scale * weighed, share, seed, columns))
+    return with_products(x, weight, bias, terms, drop)

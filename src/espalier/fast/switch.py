@@ -1,0 +1,29 @@
+"""One switch for everything in this package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_plain = 0  # how many `plain_paths` are entered
+
+
+def enabled() -> bool:
+    """Whether fast paths may be taken."""
+    return not _plain
+
+
+@contextmanager
+def plain_paths() -> Iterator[None]:
+    """Within it every forward pass is the model's own code and the deltas' own ports.
+
+    Example:
+        with esp.plain_paths():
+            loss = model(**batch).loss
+    """
+    global _plain
+    _plain += 1
+    try:
+        yield
+    finally:
+        _plain -= 1

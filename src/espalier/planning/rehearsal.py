@@ -1,0 +1,211 @@
+"""One training step of a model that takes no memory, watched."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from espalier import hosts
+from espalier.errors import EspalierError, SettingError
+from espalier.fast import loss as fast_loss
+from espalier.fast.gated import act_of
+from espalier.fast.norm import norm_law
+from espalier.fast.quick import QuickFeed, QuickNorm, quicken
+from espalier.modules import base_modules
+from espalier.planning import base
+from espalier.planning.setup import CHOICES, Setup
+from espalier.planning.trace import Course, Tracer
+from espalier.training import models
+from espalier.training.evaluate import inputs
+from espalier.verbs import activate, install, parameters, prepare
+
+if TYPE_CHECKING:
+    from espalier.graft import Graft
+
+NAME = "plan"
+
+
+class Rehearsal:
+    """A base with its adapter, without memory, for steps of any batch and length.
+
+    Args:
+        setup: The settings.
+
+    Raises:
+        EspalierError: The recipe cannot stand on this base, or reads numbers that it lacks.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        self.setup = setup
+        self.mode = FakeTensorMode()
+        model = setup.make(setup.dtype, setup.storage)
+        with self._pretending():
+            base.pretend(model, setup.device)
+            graft, adapter = prepare(model, setup.recipe, NAME, head=setup.head, fresh=False,
+                                     dtype=torch.float32)  # fmt: skip
+            install(model, graft, adapter)
+            activate(model, NAME)
+            quicken(graft, model)
+        graft._quick = True  # it would be done at the first pass
+        _settle_quick(graft)
+        self.model: Any = model
+        self.adapter = adapter
+        words = getattr(model, "get_output_embeddings", lambda: None)()
+        weight = getattr(words, "weight", None)
+        self.vocabulary = 0 if weight is None else int(weight.shape[0])
+
+    @contextlib.contextmanager
+    def _pretending(self) -> Iterator[None]:
+        with warnings.catch_warnings(), _few_parts(), self.mode:
+            warnings.simplefilter("ignore")  # our views look at addresses, which fakes lack
+            try:
+                yield
+            except (EspalierError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                if not _reads_numbers(error):
+                    raise
+                raise SettingError(
+                    f"{self.setup.recipe} looks at the base's numbers or its own while it runs, "
+                    f"which a plan does not have ({type(error).__name__})"
+                ) from error
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The base's tensors."""
+        held: list[Tensor] = []
+        for module in base_modules(self.model).values():
+            tensors = (*module._parameters.values(), *module._buffers.values())
+            held += [tensor for tensor in tensors if tensor is not None]
+        return held + base.beside(self.model)
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of the base, tied ones once; those in few bits as what they stand for."""
+        modules = base_modules(self.model).values()
+        held = (p for module in modules for p in module._parameters.values() if p is not None)
+        return sum({id(p): hosts.count(p) for p in held}.values())
+
+    def step(self, setup: Setup) -> Course:
+        """A forward and backward pass of the last micro-batch of a step, in training."""
+        with self._pretending(), models.checkpointed(self.model, setup.checkpointing):
+            self.model.train()
+            trained = parameters(self.model)
+            for parameter in trained:  # earlier micro-batches left theirs
+                parameter.grad = torch.zeros_like(parameter) if setup.accumulate > 1 else None
+            batch = given(setup, setup.batch)
+            tracer = self._tracer(batch, trained)
+            with tracer:
+                loss = self._loss(setup, batch)
+                tracer.rename("workspace", "activations")
+                tracer.mark("backward")
+                loss.backward()
+                tracer.call([p.grad for p in trained], "gradients")
+                del loss
+            for parameter in trained:
+                parameter.grad = None
+        return tracer.course
+
+    def look(self, setup: Setup, rows: int) -> Course:
+        """A forward pass without gradients, as in evaluation."""
+        with self._pretending(), torch.no_grad():
+            self.model.eval()
+            batch = given(setup, rows)
+            tracer = self._tracer(batch, [])
+            with tracer:
+                self._loss(setup, batch)
+        return tracer.course
+
+    def _tracer(self, batch: dict[str, Tensor], trained: list[nn.Parameter]) -> Tracer:
+        standing: dict[str, list[Any]] = {
+            "weights": self.weights,
+            "adapter": list(self.adapter.runs.values()),
+            "gradients": [p.grad for p in trained if p.grad is not None],
+            "activations": list(batch.values()),
+        }
+        return Tracer(standing, self.vocabulary, pretends=True)
+
+    def _loss(self, setup: Setup, batch: dict[str, Tensor]) -> Tensor:
+        mixed = setup.precision == "bf16" and self.model.dtype == torch.float32
+        autocast: Any = contextlib.nullcontext()
+        if mixed:
+            autocast = torch.autocast(setup.device.type, torch.bfloat16)
+        with autocast:
+            taken = inputs(setup.task, batch, setup.device, self.model.dtype)
+            return setup.task.loss(self.model(**taken), batch) * 1.0
+
+
+def given(setup: Setup, rows: int) -> dict[str, Tensor]:
+    """A batch of a task in tensors without memory, all rows of full length."""
+    device, task = setup.device, setup.task
+
+    def ids(count: int, length: int) -> Tensor:
+        return torch.zeros(count, length, dtype=torch.long, device=device)
+
+    count = rows * CHOICES if task.name == "choices" else rows
+    batch = {"input_ids": ids(count, setup.length)}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    if task.name in ("causal", "tokens"):
+        batch["labels"] = ids(rows, setup.length)
+    elif task.name == "seq2seq":
+        batch["labels"] = ids(rows, setup.target_length)
+    elif task.name == "multilabel":
+        batch["labels"] = torch.zeros(rows, len(task.labels or ()), device=device)
+    elif task.name == "regression":
+        batch["labels"] = torch.zeros(rows, device=device)
+    elif task.name == "choices":
+        raise SettingError("a plan for the task choices is made as causal or seq2seq, 4 times the "
+                           "batch: --task causal")  # fmt: skip
+    else:
+        batch["labels"] = torch.zeros(rows, dtype=torch.long, device=device)
+    return batch
+
+
+def _settle_quick(graft: Graft) -> None:
+    """Find out with numbers what is else found out at first use: which modules fast paths know."""
+    for seat in graft.seats.values():
+        quick = seat.quick
+        if isinstance(quick, QuickFeed):
+            quick.tried, quick.act = True, act_of(seat.host, quick.names)
+        elif isinstance(quick, QuickNorm):
+            twin = copy.copy(seat.host)
+            twin.__dict__ = {k: v for k, v in vars(twin).items() if k != "forward"}
+            own = seat.host._parameters.get("weight")
+            if list(twin._parameters) != ["weight"] or own is None:
+                continue
+            draw = torch.Generator().manual_seed(0)
+            weight = torch.rand(own.shape, generator=draw).add_(0.5).to(own.dtype)
+            twin._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
+            rows = torch.randn(3, own.shape[-1], generator=draw).to(own.dtype)
+            quick.tried, quick.law = True, norm_law(twin, rows)
+
+
+@contextlib.contextmanager
+def _few_parts() -> Iterator[None]:
+    """A chunk of logits in a few parts: on a CPU it has hundreds, all of one size, one at a time."""
+    before = fast_loss.CACHED
+    fast_loss.CACHED = max(before, fast_loss.NUMBERS // 2)
+    try:
+        yield
+    finally:
+        fast_loss.CACHED = before
+
+
+def _reads_numbers(error: Exception) -> bool:
+    from torch._subclasses import fake_tensor
+
+    kinds = (
+        fake_tensor.DataDependentOutputException,
+        fake_tensor.DynamicOutputShapeException,
+        fake_tensor.UnsupportedFakeTensorException,
+        NotImplementedError,
+    )
+    return isinstance(error, kinds)
