@@ -75,4 +75,5 @@ def batch(family: str, size: Size) -> dict[str, Tensor]:
     torch.manual_seed(1)
     ids = torch.randint(0, size.vocabulary, (size.batch, size.length))
     labels = ids if family == "llama" else torch.randint(0, 4, (size.batch,))
-    return {"input_ids": ids, "labels": labels}
+    types = {"token_type_ids": torch.zeros_like(ids)} if family == "bert" else {}
+    return {"input_ids": ids, "labels": labels, **types}

@@ -8,6 +8,7 @@ forward and backward, each once, parameters left out.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
-GEMMS = (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, aten.convolution_backward)
+GEMMS = (
+    *(aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.baddbmm_),
+    *(aten.convolution, aten.convolution_backward),
+)
+_PLAIN = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}
 # Only allocate, only relabel, or only hand a number to Python.
 _IDLE = (
     aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided,
@@ -27,6 +32,8 @@ _IDLE = (
 )  # fmt: skip
 # Read no more of their table than they write.
 _PICKS = (aten.embedding, aten.gather, aten.index_select, aten.nll_loss_forward)
+# Write no more of their table than they are given.
+_PUTS = (aten.scatter_, aten.scatter_add_)
 # Write whole what they do not read whole.
 _FILLS = (aten.nll_loss_backward,)
 
@@ -58,11 +65,13 @@ class _Counter(TorchDispatchMode):
         self.counts.kernels += 1
         if packet in GEMMS:
             self.counts.gemms += 1
-            self.counts.flops += flop_registry[packet](*args, **kwargs, out_val=out)
+            self.counts.flops += flop_registry[_PLAIN.get(packet, packet)](*args, **kwargs, out_val=out)
             return out
         written = _bytes(_tensors(out) or _changed(func, args, kwargs))
         if packet in _PICKS:
             read = written
+        elif packet in _PUTS:
+            read = written = 2 * _bytes(_tensors(args[2:3]))
         elif packet in _FILLS:
             read = 0
         else:
@@ -120,3 +129,36 @@ def count(
     finish(loss)
     counts.saved = sum(kept.values())
     return counts
+
+
+class _Recorder(_Counter):
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Callable[[], object]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.overloadpacket in GEMMS:
+            self.made.append(functools.partial(func, *map(_stand_in, args), **(kwargs or {})))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _stand_in(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    like = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return like.normal_(std=0.02)
+
+
+def products(step: Callable[[], object]) -> tuple[Callable[[], None], Counts]:
+    """What does a step's matrix products again, alone, on numbers of its own; and their counts."""
+    with _Recorder() as recorder:
+        step()
+    counts = Counts(len(recorder.made), recorder.counts.gemms, recorder.counts.flops)
+
+    def again() -> None:
+        for one in recorder.made:
+            one()
+
+    return again, counts

@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import os
 import statistics
 import tempfile
 import time
@@ -45,8 +46,8 @@ SIZES = {
     "8b": Size(4096, 32, 14_336, heads=32, kv_heads=8, vocabulary=128_256, batch=8_192),
     "tiny": Size(64, 2, 128, heads=4, kv_heads=2, vocabulary=128, batch=32),
 }  # `batch` counts tokens: what a step takes where it fits
-LENGTHS = {"tiny": (16,)}
-USUAL_LENGTHS = (2048, 512, 8192, 1024, 4096)
+FIRST, LATER = (2048,), (512, 8192)  # lengths, the most telling first
+
 RANK, ALPHA = 8, 16
 RECIPE = f"LoRA(rank={RANK}, alpha={ALPHA})"
 WARMUP, SECONDS = 3, 10.0  # steps that are not counted, and for how long others are
@@ -377,19 +378,19 @@ def measured(bench: Bench, cell: Cell, who: str) -> tuple[str, ...]:
     return str(cell.rows), f"{speed:,.0f}", bench.peak()
 
 
-def cells(size: str) -> Iterator[Cell]:
+def cells(size: str, lengths: tuple[int, ...]) -> Iterator[Cell]:
     """Trainings of one size, the most important first."""
-    for length in LENGTHS.get(size, USUAL_LENGTHS):
+    for length in lengths:
         rows = max(1, SIZES[size].batch // length)
         for storage in ("nf4", "") if size == "8b" else ("", "nf4"):
             for saved in (True, False) if size == "8b" or length > 2048 else (False, True):
                 yield Cell(size, storage, length, saved, rows)
 
 
-def train(bench: Bench, size: str) -> None:
-    """Every training of one size by every contender."""
+def train(bench: Bench, size: str, lengths: tuple[int, ...]) -> None:
+    """Every training of one size at these lengths by every contender."""
     columns = ("", "length", "checkpointing", "who", "rows", "tokens / s", "peak memory")
-    for cell in cells(size):
+    for cell in cells(size, lengths):
         for who in WHO:
             found: Any = OUT_OF_MEMORY
             rows = cell.rows
@@ -477,7 +478,7 @@ def _quantised(bench: Bench, size: str, device: torch.device, paths: Any) -> tup
         with paths():
             numbers = esp.quantize(model, "nf4").numbers[0]
         times.append(bench.now() - start)
-    return f"{min(times):.3f} (4 layers)", f"{numbers / min(times) / 1e6:,.0f}"
+    return f"{min(times):.3f} ({one.layers} layers)", f"{numbers / min(times) / 1e6:,.0f}"
 
 
 # ------------------------------------------------------------------------------------------ running
@@ -510,6 +511,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20, help="most steps counted in a training")
     parser.add_argument("--out", type=Path, help="a markdown file, written as results come")
     asked = parser.parse_args(argv)
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # else Trainer would share a batch out
     device = device_of(asked.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -517,15 +519,19 @@ def main(argv: list[str] | None = None) -> None:
     paper = Paper(asked.out, f"# LoRA and QLoRA on a device\n\nMeasured with: {told}.")
     bench = Bench(device, asked.size, time.monotonic() + 60 * asked.minutes, asked.steps, paper)
     sizes = ("1b", "8b") if asked.size == "all" else (asked.size,)
+
+    def trained(lengths: tuple[int, ...]) -> None:
+        for size in sizes if "train" in asked.only else ():
+            train(bench, size, lengths)
+
     if "numerics" in asked.only:
         numerics(bench)
-    if "train" in asked.only:
-        for size in sizes:
-            train(bench, size)
+    trained((16,) if asked.size == "tiny" else FIRST)
     if "decode" in asked.only:
         decode(bench)
     if "nf4" in asked.only:
         quantising(bench)
+    trained(() if asked.size == "tiny" else LATER)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,19 @@
 
     python benchmarks/step.py                     hidden 512, 8 layers, 4 × 256 tokens
     python benchmarks/step.py --small --json out.json
+    python benchmarks/step.py --field settings    dropout, DoRA, q and v, AdaLoRA, checkpointing
+    python benchmarks/step.py --field kinds       (IA)³, prefix and prompt tuning, adapters
 
-Contenders, each forward + backward + AdamW: full tuning (the plain model, and ours with fp32
-copies), LoRA of rank 8 on all linears (peft, peft with adapters in the base's type, ours), and the
-floor: the frozen model's forward + backward for activations down to the embeddings, nothing
-trained. Where a run gives ratios only, "/ floor" and "/ peft" are medians over interleaved rounds.
+Every contender does forward + backward + AdamW with a model of its own. LoRA is of rank 8 on all
+linears. `limit` is the frozen model's forward and backward for activations down to the embeddings,
+nothing trained; `gemm` is that step's matrix products alone. "/ limit" and "/ rival" are medians
+over interleaved rounds; the rival is peft's (or our own, where it says so) with the same settings.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,11 +26,15 @@ from torch import Tensor, nn
 import bases
 import espalier as esp
 import measure
-from counting import Counts, count
+from counting import Counts, count, products
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-COLUMNS = ("", "kernels", "GEMMs", "GFLOP", "MB moved", "MB saved", "time / floor", "time / peft")
-FLOOR, PEFT, OURS = "floor", "peft LoRA", "our LoRA"
+COLUMNS = (
+    *("", "kernels", "GEMMs", "GFLOP", "MB moved", "MB saved", "saved / rival"),
+    *("time / limit", "rival", "time / rival"),
+)
+LIMIT, GEMM, PEFT, OURS = "limit", "gemm", "peft LoRA", "our LoRA"
+Made = tuple[nn.Module, Any]
 
 
 @dataclass(slots=True)
@@ -37,10 +44,15 @@ class Contender:
     model: nn.Module
     batch: dict[str, Tensor]
     optimiser: torch.optim.Optimizer | None
+    rival: str = LIMIT
+    plain: bool = False
 
     def forward(self) -> Tensor:
         """The loss."""
-        return self.model(**self.batch).loss
+        if not self.plain:
+            return self.model(**self.batch).loss
+        with esp.plain_paths():
+            return self.model(**self.batch).loss
 
     def finish(self, loss: Tensor) -> None:
         """Backward, the optimiser's step, gradients cleared."""
@@ -58,81 +70,148 @@ def _adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
 
-def _floor(model: nn.Module) -> tuple[nn.Module, None]:
+def _limit(model: nn.Module) -> Made:
     model.requires_grad_(False)
     words = model.get_input_embeddings()  # type: ignore[operator]
     words.register_forward_hook(lambda _m, _args, out: out.requires_grad_())
     return model, None
 
 
-def _plain_full(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _plain_full(model: nn.Module) -> Made:
     return model, _adamw(model.parameters())
 
 
-def _our_full(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
-    esp.attach(model, esp.FullTuning())
+def _ours(method: str, model: nn.Module) -> Made:
+    esp.attach(model, method)
+    if regimes := model.espalier.adapters["default"].regimes:  # type: ignore[union-attr]
+        life = esp.Lifecycle(model, steps=10_000)
+        optimiser = _adamw(esp.parameters(model))
+        life.follow(optimiser)
+        assert regimes
+        return model, optimiser
     return model, _adamw(esp.parameters(model))
 
 
-def _our_lora(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
-    esp.attach(model, esp.LoRA(rank=8, alpha=16))
-    return model, _adamw(esp.parameters(model))
+def _checkpointed(make: Callable[[nn.Module], Made], model: nn.Module) -> Made:
+    made = make(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    return made
 
 
-def _peft_lora(model: nn.Module, fp32: bool = True) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _peft(kind: str, model: nn.Module, fp32: bool = True, **settings: Any) -> Made:
     import peft
 
     task = "CAUSAL_LM" if type(model).__name__.endswith("CausalLM") else "SEQ_CLS"
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type=task)
+    config = getattr(peft, kind)(task_type=task, **settings)
     wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=fp32)  # type: ignore[arg-type]
     return wrapped, _adamw([p for p in wrapped.parameters() if p.requires_grad])
 
 
-def _peft_lora_low(model: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
-    return _peft_lora(model, fp32=False)
+_LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+_lora = functools.partial(_peft, "LoraConfig", **_LORA)
+Entry = tuple[Callable[[nn.Module], Made], str]  # what makes it, and its rival
 
 
-def contenders(family: str, size: bases.Size, dtype: torch.dtype) -> dict[str, Contender]:
-    """Every contender with a model of its own."""
-    makers: dict[str, Callable[[nn.Module], tuple[nn.Module, Any]]] = {
-        "full, plain": _plain_full,
-        "full, ours": _our_full,
-        FLOOR: _floor,
-        PEFT: _peft_lora,
-        "peft LoRA, low precision": _peft_lora_low,
-        OURS: _our_lora,
-    }
+def _our(method: str, rival: str) -> Entry:
+    return functools.partial(_ours, method), rival
+
+
+FIELDS: dict[str, dict[str, Entry]] = {
+    "lora": {
+        "full, plain": (_plain_full, LIMIT),
+        "full, ours": _our("FullTuning()", "full, plain"),
+        PEFT: (_lora, LIMIT),
+        "peft LoRA, low precision": (functools.partial(_lora, fp32=False), PEFT),
+        OURS: _our("LoRA()", PEFT),
+        "our LoRA, plain paths": _our("LoRA()", PEFT),
+    },
+    "settings": {
+        PEFT: (_lora, LIMIT),
+        OURS: _our("LoRA()", PEFT),
+        "peft LoRA, dropout": (functools.partial(_lora, lora_dropout=0.1), PEFT),
+        "our LoRA, dropout": _our("LoRA(dropout=0.1)", "peft LoRA, dropout"),
+        "our LoRA, dropout / ours": _our("LoRA(dropout=0.1)", OURS),
+        "peft DoRA": (functools.partial(_lora, use_dora=True), PEFT),
+        "our DoRA": _our("LoRA(dora=True)", "peft DoRA"),
+        "our DoRA / our LoRA": _our("LoRA(dora=True)", OURS),
+        "our AdaLoRA / our LoRA": _our("AdaLoRA(rank=8, target=4)", OURS),
+        "peft q, v": (
+            functools.partial(
+                _peft,
+                "LoraConfig",
+                **{**_LORA, "target_modules": r".*\.(q_proj|v_proj|query|value)"},
+            ),
+            PEFT,
+        ),
+        "our q, v": _our("LoRA(sites='attention.q, attention.v')", "peft q, v"),
+        "peft LoRA, checkpointing": (functools.partial(_checkpointed, _lora), PEFT),
+        "our LoRA, checkpointing": (
+            functools.partial(_checkpointed, functools.partial(_ours, "LoRA()")),
+            "peft LoRA, checkpointing",
+        ),
+    },
+    "kinds": {
+        PEFT: (_lora, LIMIT),
+        "peft (IA)³": (functools.partial(_peft, "IA3Config"), PEFT),
+        "our (IA)³": _our("IA3()", "peft (IA)³"),
+        "peft prefix 16": (
+            functools.partial(_peft, "PrefixTuningConfig", num_virtual_tokens=16),
+            PEFT,
+        ),
+        "our prefix 16": _our("PTuningV2(length=16)", "peft prefix 16"),
+        "peft prompt 16": (
+            functools.partial(_peft, "PromptTuningConfig", num_virtual_tokens=16),
+            PEFT,
+        ),
+        "our prompt 16": _our("PromptTuning(length=16)", "peft prompt 16"),
+        "our Pfeiffer": _our("SerialAdapter(style='pfeiffer', bottleneck=32)", LIMIT),
+        "our Houlsby": _our("SerialAdapter(bottleneck=32)", LIMIT),
+        "our parallel": _our("ParallelAdapter(bottleneck=32)", LIMIT),
+    },
+}
+
+
+def contenders(
+    field: str, family: str, size: bases.Size, dtype: torch.dtype
+) -> dict[str, Contender]:
+    """Every contender of a field with a model of its own."""
+    makers: dict[str, Entry] = {LIMIT: (_limit, LIMIT), **FIELDS[field]}
     if dtype == torch.float32:
-        del makers["peft LoRA, low precision"]
+        makers.pop("peft LoRA, low precision", None)
     data = bases.batch(family, size)
-    return {
-        name: Contender(*_with_batch(make(bases.FAMILIES[family](size, dtype)), data))
-        for name, make in makers.items()
-    }
+    found = {}
+    for name, (make, rival) in makers.items():
+        model, optimiser = make(bases.FAMILIES[family](size, dtype))
+        found[name] = Contender(model, data, optimiser, rival, name.endswith("plain paths"))
+    return found
 
 
-def _with_batch(made: tuple[nn.Module, Any], data: dict[str, Tensor]) -> tuple[Any, ...]:
-    return made[0], data, made[1]
-
-
-def run(family: str, size: bases.Size, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+def run(
+    field: str, family: str, size: bases.Size, dtype: torch.dtype, rounds: int
+) -> dict[str, Any]:
     """Counts and time ratios of every contender, by name."""
-    field = contenders(family, size, dtype)
-    for one in field.values():
+    entered = contenders(field, family, size, dtype)
+    for one in entered.values():
         one.step()  # the optimiser makes its state
+        one.step()
     counts: dict[str, Counts] = {}
-    for name, one in field.items():
+    for name, one in entered.items():
         own = [*one.model.parameters(), *one.model.buffers(), *one.batch.values()]
         counts[name] = count(one.forward, one.finish, own)
-    trials = {name: measure.Trial(one.step) for name, one in field.items()}
+    trials = {name: measure.Trial(one.step) for name, one in entered.items()}
+    again, counts[GEMM] = products(entered[LIMIT].step)
+    trials[GEMM] = measure.Trial(again)
     seconds = measure.interleave(trials, rounds)
+    rivals = {name: one.rival for name, one in entered.items()} | {GEMM: LIMIT}
     return {
         name: {
             **asdict(counts[name]),
-            "over_floor": asdict(measure.ratio(seconds[name], seconds[FLOOR])),
-            "over_peft": asdict(measure.ratio(seconds[name], seconds[PEFT])),
+            "saved_over_rival": counts[name].saved / (counts[rival].saved or 1),
+            "over_limit": asdict(measure.ratio(seconds[name], seconds[LIMIT])),
+            "rival": rival,
+            "over_rival": asdict(measure.ratio(seconds[name], seconds[rival])),
         }
-        for name in field
+        for name, rival in rivals.items()
     }
 
 
@@ -146,8 +225,10 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
             f"{one['flops'] / 1e9:.3g}",
             f"{one['moved'] / 1e6:,.4g}",
             f"{one['saved'] / 1e6:,.4g}",
-            str(measure.Ratio(**one["over_floor"])),
-            str(measure.Ratio(**one["over_peft"])),
+            f"{one['saved_over_rival']:.2f}",
+            str(measure.Ratio(**one["over_limit"])),
+            one["rival"],
+            str(measure.Ratio(**one["over_rival"])),
         ]
         for name, one in found.items()
     ]
@@ -159,6 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     preset = parser.add_mutually_exclusive_group()
     for name in ("small", "tiny"):
         preset.add_argument(f"--{name}", dest="size", action="store_const", const=name)
+    parser.add_argument("--field", nargs="+", choices=[*FIELDS], default=["lora"])
     parser.add_argument("--family", nargs="+", choices=[*bases.FAMILIES], default=[*bases.FAMILIES])
     parser.add_argument("--dtype", nargs="+", choices=[*DTYPES], default=[*DTYPES])
     parser.add_argument("--rounds", type=int, default=7)
@@ -171,13 +253,14 @@ def main(argv: list[str] | None = None) -> None:
     size = bases.SIZES[asked.size]
     results: dict[str, Any] = {"setting": measure.setting(), "size": asdict(size)}
     report = measure.Report("One training step", results["setting"])
-    for family in asked.family:
-        for kind in asked.dtype:
-            found = run(family, size, DTYPES[kind], asked.rounds)
-            results[f"{family} {kind}"] = found
-            report.table(f"{family}-like, {kind}", COLUMNS, rows(found))
-    report.write(asked.markdown)
-    measure.write_json(asked.json, results)
+    for field in asked.field:
+        for family in asked.family:
+            for kind in asked.dtype:
+                found = run(field, family, size, DTYPES[kind], asked.rounds)
+                results[f"{field} {family} {kind}"] = found
+                report.table(f"{field}: {family}-like, {kind}", COLUMNS, rows(found))
+                report.write(asked.markdown)
+                measure.write_json(asked.json, results)
 
 
 if __name__ == "__main__":

@@ -148,6 +148,11 @@ def main(folder: Path) -> None:
 
     for name, recipe in RECIPES.items():
         found[f"ddp {name}"] = loop(model(recipe), half, DistributedDataParallel)
+    beside = model(RECIPES["lora"])
+    esp.attach(beside, RECIPES["ia3"], "resting")
+    esp.freeze(beside, "resting")
+    esp.activate(beside, "default")
+    found["ddp lora beside"] = loop(beside, half, DistributedDataParallel)
     found["ddp lora plain"] = loop(model(RECIPES["lora"], "plain"), half, DistributedDataParallel)
     found["ddp lora reentrant"] = loop(model(RECIPES["lora"], "reentrant"), half, static)
     for name, recipe in {**RECIPES, **READING}.items():

@@ -140,7 +140,7 @@ def test_windows_longer_than_any_short_text_are_noticed() -> None:
 
 def test_a_run_that_would_mix_its_texts_is_refused_and_leaves_no_adapter() -> None:
     model = decoder("bloom", {"n_layer": 2, "n_head": 4})
-    with pytest.raises(SettingError, match="see each other. Use bucket"):
+    with pytest.raises(SettingError, match=r"see each other\. Use bucket"):
         fit(model, batching="pack")
     esp.attach(model, "LoRA(rank=2)")  # the name is free
 
@@ -278,9 +278,10 @@ def test_a_stopped_run_goes_on_with_the_batches_it_would_have_met(
             raise KeyboardInterrupt
         inner(self, *given)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Loop, "_step", stops)
-        run("stopped")
+        with pytest.raises(KeyboardInterrupt):
+            run("stopped")
     assert run("stopped", resume=True) == whole
     a, b = ((tmp_path / name / "adapter").rglob("*.safetensors") for name in ("whole", "stopped"))
     assert [path.read_bytes() for path in a] == [path.read_bytes() for path in b]
@@ -304,7 +305,7 @@ def test_auto_is_bf16_for_wide_models_where_the_cpu_multiplies_it(
 
 
 class Shelf:
-    """A store that keeps tensors in fp16 in a list."""
+    """A store that keeps copies in a list."""
 
     def __init__(self) -> None:
         self.kept: list[Tensor] = []

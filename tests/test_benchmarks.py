@@ -12,7 +12,7 @@ import pytest
 import torch
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
-NAMES = ("bases", "measure", "counting", "step", "lifecycle", "nf4")
+NAMES = ("bases", "measure", "counting", "step", "lifecycle", "nf4", "mixed", "gpu", "real_text")
 
 
 @pytest.fixture
@@ -64,6 +64,16 @@ def test_counts_are_those_of_the_operations() -> None:
 
 
 @pytest.mark.usefixtures("scripts")
+def test_mixed(tmp_path: Path) -> None:
+    out = tmp_path / "mixed.json"
+    _import("mixed").main(["--tiny", "--rounds", "1", "--json", str(out)])
+    found = json.loads(out.read_text())
+    for kind in ("fp32", "bf16"):
+        assert len(found[kind]) == 6
+        assert all(one["ours_over_base"]["median"] > 0 for one in found[kind].values())
+
+
+@pytest.mark.usefixtures("scripts")
 def test_lifecycle(tmp_path: Path) -> None:
     out, table = tmp_path / "life.json", tmp_path / "life.md"
     arguments = ["--tiny", "--rounds", "1", "--counts", "1", "2", "--json", str(out)]
@@ -71,6 +81,7 @@ def test_lifecycle(tmp_path: Path) -> None:
     found = json.loads(out.read_text())
     names = ("attach", "save", "load", "load, number 2", "switch, 1 loaded", "merge")
     for name in names:
+        assert found[name]["ours_over_plain"]["median"] > 0
         assert found[name]["ours_over_peft"]["median"] > 0
         assert f"| {name} |" in table.read_text()
 
@@ -86,3 +97,53 @@ def test_nf4(tmp_path: Path) -> None:
         for dtype in ("float32", "bfloat16"):
             assert found[f"{kind}, from {dtype}"]["equal"] is True
             assert f"| {kind}, from {dtype} |" in table.read_text()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.usefixtures("scripts")
+def test_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    out = tmp_path / "gpu.md"
+    given = ["--device", "cpu", "--size", "tiny", "--steps", "2", "--out", str(out)]
+    _import("gpu").main(given)
+    text = out.read_text()
+    assert "failed" not in text
+    assert "out of" not in text
+    assert "WRONG" not in text
+    assert text.count("| right |") == 4 * 7
+    for title in ("Numerics", "Training, Llama-like tiny", "Decoding", "Quantising"):
+        assert f"## {title}" in text
+    for who in ("ours", "peft, Trainer", "floor"):
+        assert text.count(f"| {who} | 2 |") == 4
+
+
+@pytest.mark.usefixtures("scripts")
+def test_gpu_says_what_did_not_fit_and_stops_in_time(tmp_path: Path) -> None:
+    gpu = _import("gpu")
+    bench = gpu.Bench(torch.device("cpu"), "tiny", float("inf"), 2, gpu.Paper(None, ""))
+
+    def too_much() -> None:
+        raise torch.OutOfMemoryError
+
+    assert bench.attempt(too_much) == "out of memory"
+    assert bench.attempt(lambda: 1 / 0).startswith("failed: ZeroDivisionError")
+    out = tmp_path / "late.md"
+    gpu.main(["--device", "cpu", "--size", "tiny", "--minutes", "0", "--out", str(out)])
+    assert out.read_text().count("not run: out of time") == 4 * 7 + 4 * 3 + 5 + 2
+
+
+@pytest.mark.usefixtures("scripts")
+def test_real_text(tmp_path: Path) -> None:
+    data, out, table = tmp_path / "data", tmp_path / "text.json", tmp_path / "text.md"
+    data.mkdir()
+    lines = [json.dumps({"instruction": "a" * 9 * n, "output": "b"}) for n in range(1, 13)]
+    (data / "train.jsonl").write_text("\n".join(lines))
+    arguments = ["--tiny", "--data", str(data), "--rounds", "1", "--batch", "3", "--dtype", "fp32"]
+    _import("real_text").main([*arguments, "--json", str(out), "--markdown", str(table)])
+    found = json.loads(out.read_text())
+    padded, bucketed = found["fp32"]["peft, random batches"], found["fp32"]["ours, bucket"]
+    packed = next(one for name, one in found["fp32"].items() if "pack" in name)
+    assert padded["tokens_per_real"] > bucketed["tokens_per_real"] >= 1
+    assert packed["tokens_per_real"] >= 1
+    assert packed["over_peft"]["median"] > 0
+    assert "| one flat buffer, fused (ours) |" in table.read_text()

@@ -157,7 +157,9 @@ def test_bf16_base(family: Family) -> None:
     model, data = family().to(torch.bfloat16), batch(family)
     before = model(**data).logits
     esp.attach(model, METHOD, head=["lm_head"] if family is llama else "auto")
-    assert torch.equal(model(**data).logits, before)
+    with esp.plain_paths():
+        assert torch.equal(model(**data).logits, before)
+    torch.testing.assert_close(model(**data).logits, before, rtol=2e-2, atol=2e-2)
     assert {p.dtype for p in esp.parameters(model)} == {torch.float32}
     optimiser = torch.optim.AdamW(esp.parameters(model), lr=0.01)
     losses = []

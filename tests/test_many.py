@@ -78,7 +78,7 @@ def check(found: list[dict[str, torch.Tensor]], case: str, recipe: str) -> None:
     assert torch.equal(*(found[rank][f"{case}/numbers"] for rank in (0, 1)))
 
 
-@pytest.mark.parametrize("case", [*many.RECIPES, "lora plain", "lora reentrant"])
+@pytest.mark.parametrize("case", [*many.RECIPES, "lora plain", "lora reentrant", "lora beside"])
 def test_data_parallel_equals_one_process(case: str, found: Any) -> None:
     check(found, f"ddp {case}", many.RECIPES[case.split()[0]])
 
@@ -176,6 +176,9 @@ def test_nothing_is_sharded_without_processes() -> None:
     [
         ({"quantize": "nf4"}, "36 GB"),
         ({"trunk_cache": "memory"}, "choose one"),
+        ({"compile": "layers"}, "choose one"),
+        ({"offload": "cpu"}, "choose one"),
+        ({"batch": "auto"}, "give a number"),
         ({"generate": True, "task": "seq2seq"}, "encoder alone"),
     ],
 )

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from espalier.checkpoint import load, read_card, save
     from espalier.deltas import Batch, Call, Delta, Kept, Regime, Tensors, Trained
     from espalier.errors import EspalierError
+    from espalier.fast.head import deferred_logits
+    from espalier.fast.switch import plain_paths
     from espalier.folding import merge, unmerge
     from espalier.from_text import prefix_from_text
     from espalier.incontext import InContext, in_context
@@ -43,8 +45,8 @@ if TYPE_CHECKING:
     from espalier.methods.serial import SerialAdapter
     from espalier.methods.spot import SPoT
     from espalier.places import Site, Sites, sites
-    from espalier.planning import Plan, plan
     from espalier.plain.transfer import prompt_similarity, rank_prompts, read_prompt
+    from espalier.planning import Plan, plan
     from espalier.quantised import dequantize, quantize
     from espalier.reading import gates, ranks
     from espalier.recipes import Method, Recipe, recipe
@@ -76,6 +78,8 @@ _MODULES = {
     "checkpoint": ("load", "read_card", "save"),
     "deltas": ("Batch", "Call", "Delta", "Kept", "Regime", "Tensors", "Trained"),
     "errors": ("EspalierError",),
+    "fast.head": ("deferred_logits",),
+    "fast.switch": ("plain_paths",),
     "folding": ("merge", "unmerge"),
     "from_text": ("prefix_from_text",),
     "incontext": ("InContext", "in_context"),
@@ -104,11 +108,12 @@ __all__ = [
     "LadderSideTuning", "Lifecycle", "LoRA", "Method", "PTuning", "PTuningV2", "ParallelAdapter",
     "PartialTuning", "Plan", "PrefixTuning", "PromptTuning", "Recipe", "Regime", "RunConfig",
     "RunResult", "SPoT", "SerialAdapter", "Site", "Sites", "Tensors", "Trained", "account",
-    "activate", "active", "attach", "average_gradients", "calibrate", "dead_sites", "dequantize",
-    "detach", "errors", "fit", "freeze", "gates", "groups", "in_context", "intrinsic_dimension",
-    "load", "merge", "parameters", "plan", "prefix_from_text", "prompt_similarity", "quantize",
-    "rank_prompts", "ranks", "read_card", "read_prompt", "recipe", "rows", "save", "shard",
-    "sites", "skip_layers", "thaw", "to_plain", "train", "unmerge", "write_merged",
+    "activate", "active", "attach", "average_gradients", "calibrate", "dead_sites",
+    "deferred_logits", "dequantize", "detach", "errors", "fit", "freeze", "gates", "groups",
+    "in_context", "intrinsic_dimension", "load", "merge", "parameters", "plan",
+    "prefix_from_text", "prompt_similarity", "quantize", "rank_prompts", "ranks", "read_card",
+    "read_prompt", "recipe", "rows", "save", "shard", "sites", "skip_layers", "thaw", "to_plain",
+    "train", "unmerge", "write_merged",
 ]  # fmt: skip
 
 

@@ -47,26 +47,27 @@ class _Views(torch.autograd.Function):
 
     The outputs share the buffer's memory without being autograd's views of it: an optimiser may
     change the buffer in place and they stay valid, graph and all. Nothing is saved for backward,
-    so the same node serves every backward pass.
+    so the same node serves every backward pass. With a `dtype` they are views of a cast copy.
     """
 
     @staticmethod
-    def forward(ctx: Any, flat: Tensor, slots: Sequence[Slot]) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, flat: Tensor, slots: Sequence[Slot], dtype: torch.dtype
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.slots = slots
-        return tuple(slot.of(flat.data) for slot in slots)
+        ctx.slots, ctx.dtype = slots, flat.dtype
+        data = flat.data.to(dtype)
+        return tuple(slot.of(data) for slot in slots)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
-        some = next((g for g in grads if g is not None), None)
-        if some is None:
-            return None, None
-        pairs = zip(ctx.slots, grads, strict=True)
-        parts = [
-            some.new_zeros(slot.stop - slot.start) if grad is None else grad.reshape(-1)
-            for slot, grad in pairs
-        ]
-        return torch.cat(parts), None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        pairs = [(s, g) for s, g in zip(ctx.slots, grads, strict=True) if g is not None]
+        if not pairs:
+            return None, None, None
+        make = torch.empty if len(pairs) == len(ctx.slots) else torch.zeros
+        flat = make(ctx.slots[-1].stop, dtype=ctx.dtype, device=pairs[0][1].device)
+        torch._foreach_copy_([slot.of(flat) for slot, _ in pairs], [grad for _, grad in pairs])
+        return flat, None, None
 
 
 class Adapter(nn.Module):
@@ -105,6 +106,8 @@ class Adapter(nn.Module):
         regimes = {id(d.regime): d.regime for d in self.deltas if d.regime is not None}
         self.regimes: list[Regime] = list(regimes.values())  # once per method that has one
         self.told = [d for d in self.deltas if type(d).begin is not Delta.begin]
+        self.waking = [d for d in self.deltas if type(d).ready is not Delta.ready]
+        self.resting = [d for d in self.deltas if type(d).rest is not Delta.rest]
         for kind, slots in self.slots.items():
             flat = torch.zeros(slots[-1].stop, dtype=form(kind, dtype), device=device)
             if isinstance(specs[slots[0].label], Kept):
@@ -118,7 +121,8 @@ class Adapter(nn.Module):
                         init(slot.of(flat.data))
         for spec in specs.values():
             spec.init = None  # it may hold on to the base's tensors
-        self.sync()
+        if fresh:
+            self.sync()  # else once it is filled
 
     def _lay_out(self, deltas: Iterable[tuple[str, Delta]]) -> dict[str, Trained]:
         known: dict[int, Slot] = {}
@@ -166,7 +170,7 @@ class Adapter(nn.Module):
             )
         with torch.inference_mode(False), torch.enable_grad():
             for kind, flat in runs.items():
-                views = _Views.apply(flat, self.slots[kind])
+                views = _Views.apply(flat, self.slots[kind], flat.dtype)
                 for slot, view in zip(self.slots[kind], views, strict=True):
                     for delta, key in slot.users:
                         delta.t[key] = view
@@ -184,7 +188,7 @@ class Adapter(nn.Module):
         for kind, flat in self.flat.items():
             if flat.dtype != dtype:
                 self._cast = True
-                views = _Views.apply(flat.to(dtype), self.slots[kind])
+                views = _Views.apply(flat, self.slots[kind], dtype)
                 for slot, view in zip(self.slots[kind], views, strict=True):
                     for delta, key in slot.users:
                         delta.cast[key] = view

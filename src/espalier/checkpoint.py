@@ -189,7 +189,6 @@ def load(
         graft, adapter = _rebuild(model, opened, card, name)
     if not trainable:
         adapter.requires_grad_(False)
-        adapter.sync()
     install(model, graft, adapter)
     return name
 

@@ -13,7 +13,7 @@ from espalier import hosts
 from espalier.deltas import Delta, Tensors
 from espalier.errors import AdapterError
 from espalier.graft import Graft, find
-from espalier.modules import base_modules, unwrap
+from espalier.modules import base_modules, is_sharded, unwrap
 from espalier.verbs import Choice, detach, resolve
 
 Fold = tuple[Delta, float]
@@ -38,6 +38,11 @@ def merge(
     live = resolve(model, dict(graft.live) if choice is None else choice)
     if not live:
         raise AdapterError("no adapter is active; name the one to merge")
+    if is_sharded(model):
+        raise AdapterError(
+            "this base is spread over processes, and a change cannot be written into it: save the "
+            "adapter and merge it in one process, with `espalier merge RUN --out FOLDER`"
+        )
     folds = collect(graft, live)
     modules = base_modules(model)
     refuse(modules, folds, untie)

@@ -22,6 +22,7 @@ from espalier.attention import Attention, caller
 from espalier.deltas import Batch, Delta
 from espalier.errors import AdapterError, nearest
 from espalier.fast.drop import Drop
+from espalier.fast.linear import Readers
 from espalier.fast.head import Head
 from espalier.fast.quick import quicken
 from espalier.fast.switch import enabled
@@ -32,7 +33,7 @@ from espalier.routes import encoders, names
 from espalier.seat import Seat
 
 if TYPE_CHECKING:
-    from espalier.fast.decoding import Term
+    from espalier.fast.decoding import Served
     from espalier.fast.grouped import Stack
     from espalier.mixed import Mixed
 
@@ -67,6 +68,7 @@ class Graft(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.adapters: dict[str, Adapter] = {}
+        self._minding: dict[str, Adapter] = {}  # those to tell that they rest
         self.live: tuple[tuple[str, float], ...] = ()
         self.seats: dict[str, Seat] = {}
         self.attentions: dict[str, Attention] = {}
@@ -75,7 +77,7 @@ class Graft(nn.Module):
         self.skipped: dict[str, int] = {}
         self.merged: tuple[list[Callable[[], None]], tuple[tuple[str, float], ...]] | None = None
         self.rows: Mixed | None = None
-        self.plans: dict[str, tuple[Term, ...]] = {}
+        self.plans: dict[str, Served | None] = {}
         self.stacks: dict[str, Stack] = {}
         self.places: Sites = sites(model)
         self.tellers = [Teller(model, names(model), None)]
@@ -83,7 +85,7 @@ class Graft(nn.Module):
             module = model.get_submodule(path)
             self.tellers.append(Teller(module, names(module), stack))
         self.thawed = [name for name, p in model.named_parameters() if p.requires_grad]
-        self.drop = Drop()
+        self.drop, self.readers = Drop(), Readers()
         self._quick = False  # whether it was found out what can be quick in training
         self._shadows: list[tuple[nn.Module, str]] = []
         self._held: list[hosts.Undo] = []  # what quantised hosts are kept from, while we are here
@@ -98,6 +100,8 @@ class Graft(nn.Module):
         """Register an adapter and give each of its deltas its place, as `place` does."""
         self.place(model, adapter, skipped)
         self.adapters[adapter.name] = adapter
+        if adapter.resting:
+            self._minding[adapter.name] = adapter
         self.add_module(_key(adapter.name), adapter)
         adapter.refresh = self.refresh
 
@@ -147,6 +151,7 @@ class Graft(nn.Module):
     def remove(self, name: str) -> None:
         """Forget an adapter; seats that hold nothing any more leave their hosts."""
         del self.adapters[name], self._modules[_key(name)], self.stand_ins[name], self.skipped[name]
+        self._minding.pop(name, None)
         self.stacks = {}
         if self.prompts:
             self.prompts.deltas.pop(name, None)
@@ -169,19 +174,20 @@ class Graft(nn.Module):
         """Let the live adapters' trained copies, and no others, stand in for parameters."""
         for module, name in self._shadows:
             module.__dict__.pop(name, None)
-        self._shadows = []
-        self._stale = False
-        self.plans = {}
+        self._shadows.clear()  # a module's attributes are slow to set
+        self.plans.clear()
+        if self._stale:
+            self._stale = False
         self.head.forget()
         if self.rows is not None:
             self.rows.forget()
         self.drop.rest()
         live = dict(() if self.merged else self.live)
-        for resting in (a for name, a in self.adapters.items() if name not in live):
-            for delta in resting.deltas:
+        for resting in (a for name, a in self._minding.items() if name not in live):
+            for delta in resting.resting:
                 delta.rest()
         for adapter in live:
-            for delta in self.adapters[adapter].deltas:
+            for delta in self.adapters[adapter].waking:
                 delta.ready()
             for module, delta in () if self.rows else self.stand_ins[adapter]:
                 for name, view in delta.t.items():
@@ -239,6 +245,8 @@ class Graft(nn.Module):
                 self.adapters[name].sync()
             if self._stale:
                 self.refresh()
+            if torch.is_grad_enabled() and self.stacks:
+                self._unstack()
             if module.training and torch.is_grad_enabled():
                 self._warn_unled()
                 self._hasten(module)
@@ -279,6 +287,12 @@ class Graft(nn.Module):
         """Runs after the forward of the model: what was cast for it goes."""
         for adapter in self.adapters.values():
             adapter.cast(None)
+
+    def _unstack(self) -> None:
+        """Before training: optimisers change numbers without leaving a trace of it."""
+        self.stacks = {}
+        if self.rows is not None:
+            self.rows.forget()
 
     def _warn_unled(self) -> None:
         """Warn of methods whose numbers need more than an optimiser while they train."""

@@ -197,22 +197,12 @@ def put(host: nn.Module, name: str, value: Tensor, own: bool = False) -> Undo:
     With `own`, the host gets a parameter of its own and the shared one stays as it was.
     """
     known = parameter(host, name)
-    _refuse_sharded(known)
     fresh = value.detach().to(known.device, known.dtype).contiguous()
     if own:
         host._parameters[name] = nn.Parameter(fresh, requires_grad=known.requires_grad)
         return partial(setattr, host, name, known)
     old, known.data = known.data, fresh
     return partial(setattr, known, "data", old)
-
-
-def _refuse_sharded(parameter: nn.Parameter) -> None:
-    if hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id"):
-        raise AdapterError(
-            "this base is spread over processes, and a change cannot be written into it: save the "
-            "adapter and write a merged model with `espalier merge RUN --out FOLDER`, in one "
-            "process, or esp.write_merged"
-        )
 
 
 def put_bias(host: nn.Module, value: Tensor) -> Undo:
@@ -250,7 +240,7 @@ def hold_layout(modules: Iterable[nn.Module]) -> list[Undo]:
     """
     undo: list[Undo] = []
     for module in modules:
-        if getattr(module, REPACKS, False):
+        if module.__dict__.get(REPACKS):
             _repack(module)
             setattr(module, REPACKS, False)
             undo.append(partial(setattr, module, REPACKS, True))

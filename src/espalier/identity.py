@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from espalier.errors import CheckpointError
 from espalier.hosts import whole
-from espalier.modules import plain_type
+from espalier.modules import base_modules, plain_type
 from espalier.places import CHILD
 from espalier.storage import stored
 
@@ -84,9 +84,10 @@ def check(model: nn.Module, base: Mapping[str, Any], file: Path) -> None:
 
     Parameters that this model stores otherwise (4-bit, another head) are passed over.
     """
-    own = dict(model.named_parameters())
+    modules = base_modules(model)
     for name, values in base["values"].items():
-        parameter = own.get(name)
+        path, _, leaf = name.rpartition(".")
+        parameter = modules[path]._parameters.get(leaf) if path in modules else None
         if parameter is None or not parameter.is_floating_point() or parameter.numel() < VALUES:
             continue
         here = _values(model, name, parameter)

@@ -235,7 +235,7 @@ def _from_mapping(item: object) -> tuple[Method, ...]:
     """The method that JSON data describes; the several of a named sum."""
     made = maker(item)
     assert isinstance(item, Mapping)
-    fields = inspect.signature(made).parameters
+    fields = _fields(made)
     settings = {str(key): value for key, value in item.items() if key != "method"}
     for key, value in settings.items():
         if key not in fields:
@@ -243,6 +243,12 @@ def _from_mapping(item: object) -> tuple[Method, ...]:
         settings[key] = _from_json(value)
     result = made(**settings)
     return result.methods if isinstance(result, Recipe) else (result,)
+
+
+@cache
+def _fields(made: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """What a method, or a named sum, is made with."""
+    return inspect.signature(made).parameters
 
 
 def _to_json(value: Any) -> Any:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from espalier import hosts
 from espalier.deltas import Call, Delta
-from espalier.fast import decoding
 from espalier.fast import seated as fused
+from espalier.fast.decoding import served
 from espalier.fast.quick import Quick, taken
 
 if TYPE_CHECKING:
@@ -97,8 +97,8 @@ class Seat:
         graft = self.graft
         if graft.rows is not None:
             return graft.rows.run(self, args, kwargs)
-        if decoding.takes(self, args, kwargs):
-            return decoding.output(self, args[0])
+        if (fast := served(self, args, kwargs)) is not None:
+            return fast(args[0])
         live = [
             (delta, weight) for name, weight in graft.live for delta in self.deltas.get(name, ())
         ]

@@ -77,14 +77,15 @@ def prepare(
 def install(model: nn.Module, graft: Graft, adapter: Adapter) -> None:
     """Put a prepared adapter into the model, freeze the base, and make the adapter active."""
     model = unwrap(model)
+    adapter.sync()
     if CHILD not in model._modules:
         model.add_module(CHILD, graft)
         graft.listen()
     graft.add(model, adapter)
-    prefix = CHILD + "."
-    for path, parameter in model.named_parameters():
-        if parameter.requires_grad and not path.startswith(prefix):
-            parameter.requires_grad = False
+    for module in base_modules(model).values():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad:
+                parameter.requires_grad = False
     activate(model, adapter.name)
 
 
@@ -274,6 +275,7 @@ def to_plain(model: nn.Module, name: str) -> bool:
     deltas, paths = deltas_of(unwrap(model), graft.places, parts, list(rich.head) or False)
     dtype = next((r.dtype for r in rich.runs.values() if r.is_floating_point()), torch.float32)
     served = Adapter(name, parts, deltas, paths, first.device, dtype, fresh=False)
+    served.sync()
     with torch.no_grad():
         for old, new in zip(rich.deltas, served.deltas, strict=True):
             for key, value in old.plain(old.t).items():

@@ -9,6 +9,7 @@ rounded to the type of Q, as in transformers' eager attention.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,11 +30,11 @@ class _Batched(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, mask)
-        ctx.scale, ctx.causal = scale, causal
+        ctx.scale, ctx.causal, ctx.like = scale, causal, (k.shape, v.shape)
         batch, heads, length, _ = q.shape
         out = q.new_empty(batch, length, heads, v.shape[-1])
         keys, values = _flat(k), _flat(v)
+        ctx.save_for_backward(q, keys, values, mask)
         for rows, seen in _blocks(length, k.shape[2], causal):
             shares = _shares(q, keys, mask, scale, causal, rows, seen)
             block = torch.bmm(shares, values[:, :seen])
@@ -42,18 +43,18 @@ class _Batched(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask = ctx.saved_tensors
+        q, keys, values, mask = ctx.saved_tensors
         (g,) = grads
-        keys, values = _flat(k), _flat(v)
+        heads = len(keys) // len(q)
         dq = torch.empty_like(q)
         dk = dv = None
-        for rows, seen in reversed(list(_blocks(q.shape[2], k.shape[2], ctx.causal))):
+        for rows, seen in reversed(list(_blocks(q.shape[2], keys.shape[1], ctx.causal))):
             shares = _shares(q, keys, mask, ctx.scale, ctx.causal, rows, seen)
-            go = _together(g[:, rows].transpose(1, 2), k)
+            go = _together(g[:, rows].transpose(1, 2), heads)
             more = torch.bmm(go.transpose(1, 2), shares).transpose(1, 2)
             gs = torch.bmm(go, values[:, :seen].transpose(1, 2))
             gs = torch._softmax_backward_data(gs, shares, -1, shares.dtype)
-            more_k = torch.bmm(_together(q[:, :, rows], k).transpose(1, 2), gs).transpose(1, 2)
+            more_k = torch.bmm(_together(q[:, :, rows], heads).transpose(1, 2), gs).transpose(1, 2)
             if dk is None or dv is None:  # the last block: it has seen every key
                 dk, dv = more_k, more
             else:
@@ -62,7 +63,7 @@ class _Batched(torch.autograd.Function):
             block = torch.bmm(gs, keys[:, :seen]).mul_(ctx.scale)
             dq[:, :, rows] = _apart(block, q, rows)
         assert dk is not None and dv is not None
-        return dq, dk.mul_(ctx.scale).view_as(k), dv.view_as(v), None, None, None
+        return dq, dk.mul_(ctx.scale).view(ctx.like[0]), dv.view(ctx.like[1]), None, None, None
 
 
 def suits(module: nn.Module) -> bool:
@@ -120,11 +121,10 @@ def _shares(
 ) -> Tensor:
     """What a block of queries takes of each key it can see: (B·h_kv, h/h_kv · rows, seen)."""
     batch, heads = len(q), len(keys) // len(q)
-    queries = _together(q[:, :, rows], keys.view(batch, heads, *keys.shape[1:]))
+    queries = _together(q[:, :, rows], heads)
     count = rows.stop - rows.start
     if causal:
-        hidden = torch.full((count, seen), -torch.inf, dtype=q.dtype, device=q.device)
-        added = hidden.triu_(seen - count + 1).repeat(q.shape[1] // heads, 1)
+        added = _later(count, seen, q.shape[1] // heads, q.dtype)
     elif mask is not None:
         part = mask if mask.shape[2] == 1 else mask[:, :, rows]
         part = part.expand(batch, heads, count, seen).repeat(1, 1, q.shape[1] // heads, 1)
@@ -135,14 +135,20 @@ def _shares(
     return scores.softmax(-1)
 
 
+@functools.lru_cache(8)
+def _later(queries: int, keys: int, times: int, dtype: torch.dtype) -> Tensor:
+    """−∞ where the last `queries` of `keys` positions would look ahead, else 0; so many times."""
+    hidden = torch.full((queries, keys), -torch.inf, dtype=dtype)
+    return hidden.triu_(keys - queries + 1).repeat(times, 1)
+
+
 def _flat(x: Tensor) -> Tensor:
     """(B, h, S, d) as (B·h, S, d)."""
     return x.reshape(-1, *x.shape[2:])
 
 
-def _together(q: Tensor, k: Tensor) -> Tensor:
-    """Heads of queries (B, h, T, d) that share a head of keys in one matrix each."""
-    heads = k.shape[1]
+def _together(q: Tensor, heads: int) -> Tensor:
+    """Heads of queries (B, h, T, d) that share one of `heads` of keys in one matrix each."""
     return q.reshape(len(q) * heads, -1, q.shape[-1])
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from espalier.deltas import Delta, Product
 from espalier.fast.switch import enabled
@@ -18,64 +18,97 @@ from espalier.fast.switch import enabled
 if TYPE_CHECKING:
     from espalier.seat import Seat
 
-FEW = 256  # words up to which fp32 is faster than casting the factors
+FEW = 32  # words up to which a product in fp32 is faster than one in bf16
 
 
 class Term(NamedTuple):
-    """What one delta adds: its product made once where it is numbers as they lie in the buffer."""
+    """One delta and its weight, and which columns of the output it adds to."""
 
     delta: Delta
     weight: float
-    product: Product | None
+    columns: tuple[int, int] | None
 
 
-def takes(seat: Seat, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether this call is a linear with nothing but products beside it, without a graph."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    terms = _terms(seat)
-    return bool(terms) and fits(seat, terms[0].delta, args, kwargs)
+class Served:
+    """What is live at one host, where all of it is products.
 
+    Args:
+        seat: The host's.
+        live: (delta, weight) of each.
+    """
 
-def output(seat: Seat, x: Tensor) -> Tensor:
-    """What the seat's host gives with every live product added: x (…, D_in), y (…, D_out)."""
-    y = type(seat.host).forward(seat.host, x)  # type: ignore[attr-defined]
-    into = y.view(-1, y.shape[-1])
-    dtype = computed_in(x, len(into))
-    flat = x.reshape(-1, x.shape[-1]).to(dtype)
-    for delta, weight, made in _terms(seat):
-        a, b, scale, _ = made or product(delta)
-        rows = delta.site.rows
-        part = into if rows is None else into[:, rows.start : rows.stop]
-        low = torch.mm(flat, a.to(dtype).t())
-        if part.dtype == dtype:
-            part.addmm_(low, b.to(dtype).t(), alpha=scale * weight)
+    __slots__ = ("device", "forward", "host", "kind", "lasting", "terms")
+
+    def __init__(self, seat: Seat, live: list[tuple[Delta, float]]) -> None:
+        self.host, self.forward = seat.host, type(seat.host).forward
+        rows = [delta.site.rows for delta, _ in live]
+        columns = [None if one is None else (one.start, one.stop) for one in rows]
+        self.terms = [Term(*pair, own) for pair, own in zip(live, columns, strict=True)]
+        self.device = next(iter(live[0][0].t.values())).device
+        self.kind = self.device.type
+        made = [_factors(term, torch.float32) for term in self.terms]
+        lasting = all(_lasts(term.delta) for term in self.terms)
+        self.lasting = list(zip(self.terms, made, strict=True)) if lasting else None
+
+    def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call is one for this path: evaluation of one tensor, where the numbers are."""
+        return fits(self.host, self.device, self.kind, args, kwargs)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The host's output with every product added: x (…, D_in), y (…, D_out)."""
+        y = self.forward(self.host, x)  # type: ignore[attr-defined]
+        into = y.view(-1, y.shape[-1])
+        dtype = computed_in(x, len(into))
+        flat = x.reshape(-1, x.shape[-1])
+        if x.dtype != dtype:
+            flat = flat.to(dtype)
+        if self.lasting is not None and dtype == torch.float32:
+            found = self.lasting
         else:
-            part.add_(torch.mm(low, b.to(dtype).t()), alpha=scale * weight)
-    return y
+            found = [(term, _factors(term, dtype)) for term in self.terms]
+        for (_, _, columns), (down, up, scale) in found:
+            part = into if columns is None else into[:, columns[0] : columns[1]]
+            low = torch.mm(flat, down)
+            if part.dtype == dtype:
+                part.addmm_(low, up, alpha=scale)
+            else:
+                part.add_(torch.mm(low, up), alpha=scale)
+        return y
 
 
-def _terms(seat: Seat) -> tuple[Term, ...]:
-    """What is live at a seat, if all of it is products; found once for each choice of adapters."""
+def served(seat: Seat, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Served | None:
+    """What computes this call, if it is a linear with nothing but products, without a graph."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
     plans = seat.graft.plans
-    found = plans.get(seat.path)
-    if found is None:
-        live = [(d, w) for name, w in seat.graft.live for d in seat.deltas.get(name, ())]
-        together = all(adds_a_product(d) and _side_by_side(d) for d, _ in live)
-        fine = together and plain(seat)
-        found = plans[seat.path] = tuple(Term(d, w, _lasting(d)) for d, w in live) if fine else ()
-    return found
+    try:
+        found = plans[seat.path]
+    except KeyError:
+        found = plans[seat.path] = _found(seat)
+    return found if found is not None and found.takes(args, kwargs) else None
+
+
+def _found(seat: Seat) -> Served | None:
+    live = [(d, w) for name, w in seat.graft.live for d in seat.deltas.get(name, ())]
+    fine = plain(seat) and all(adds_a_product(d) and _side_by_side(d) for d, _ in live)
+    return Served(seat, live) if live and fine else None
 
 
 def _side_by_side(delta: Delta) -> bool:
     return delta.site.rows is None or delta.site.rows.groups == 1
 
 
-def _lasting(delta: Delta) -> Product | None:
-    """A delta's product if its factors are the numbers that train, and so never out of date."""
-    made = delta.product(delta.t)
-    own = [id(value) for value in delta.t.values()]
-    return made if made is not None and {id(made.a), id(made.b)} <= set(own) else None
+def _factors(term: Term, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+    """Aᵀ (D_in, R), Bᵀ (R, D_out), and what their product is multiplied with, as they are now."""
+    a, b, scale, _ = product(term.delta)
+    return a.detach().to(dtype).t(), b.detach().to(dtype).t(), scale * term.weight
+
+
+def _lasts(delta: Delta) -> bool:
+    """Whether the fp32 factors are the very numbers that train, and so never out of date."""
+    made = product(delta)
+    own = {id(value) for value in delta.t.values() if value.dtype == torch.float32}
+    return {id(made.a), id(made.b)} <= own
 
 
 def plain(seat: Seat) -> bool:
@@ -94,13 +127,14 @@ def adds_a_product(delta: Delta) -> bool:
     )
 
 
-def fits(seat: Seat, delta: Delta, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def fits(
+    host: nn.Module, here: torch.device, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bool:
     """Whether a call is one for these paths: evaluation of one tensor, where the numbers are."""
-    if len(args) != 1 or kwargs or seat.host.training or not enabled():
+    if len(args) != 1 or kwargs or host.training or not enabled():
         return False
     x = args[0]
-    here = next(iter(delta.t.values())).device
-    return type(x) is Tensor and x.device == here and not torch.is_autocast_enabled(here.type)
+    return type(x) is Tensor and x.device == here and not torch.is_autocast_enabled(kind)
 
 
 def computed_in(x: Tensor, words: int) -> torch.dtype:

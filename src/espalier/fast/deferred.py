@@ -67,6 +67,7 @@ class Logits(Tensor):
         dtype: torch.dtype,
         changes: tuple[Change, ...] = (),
     ) -> Logits:
+        """A tensor of the logits' shape, type and device, without numbers."""
         shape = (*hidden.shape[:-1], source.width)
         made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)  # type: ignore[attr-defined]
         made.source, made.hidden, made.changes, made._whole = source, hidden, changes, None

@@ -20,6 +20,7 @@ class Drop:
     def __init__(self) -> None:
         self._of: weakref.ref[Tensor] | None = None
         self._seed = 0
+        self._asked: set[object] = set()
         self._key: object = None
         self._keeps: Tensor | None = None
 
@@ -29,11 +30,16 @@ class Drop:
     def __reduce__(self) -> tuple[type[Drop], tuple[()]]:
         return Drop, ()
 
-    def seed(self, x: Tensor) -> int:
-        """The seed of x's mask, drawn from torch's own generator unless x was the latest."""
-        if self._of is None or self._of() is not x:
+    def seed(self, x: Tensor, asker: object) -> int:
+        """The seed of x's mask; drawn from torch's own generator unless x was the latest.
+
+        Whoever asks for it again, in another pass, gets another.
+        """
+        if self._of is None or self._of() is not x or asker in self._asked:
             self._of = weakref.ref(x)
+            self._asked = set()
             self._seed = int(torch.randint(1 << 62, ()))
+        self._asked.add(asker)
         return self._seed
 
     def __call__(self, x: Tensor, share: float, seed: int) -> Tensor:

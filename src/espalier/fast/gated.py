@@ -38,31 +38,47 @@ ACTS = {
 }
 
 
+class _Active:
+    """act(gate), made again for one reader in backward and handed on to the next."""
+
+    def __init__(self, act: str) -> None:
+        self.act = ACTS[act]
+        self.made: Tensor | None = None
+
+    def again(self, parts: Sequence[Tensor]) -> Tensor:
+        """act(gate) ⊙ up of the two parts."""
+        self.made = self.act.go(parts[0])
+        return self.made * parts[1]
+
+    def take(self, gate: Tensor) -> Tensor:
+        """act(gate), which the caller may write to."""
+        made, self.made = self.made, None
+        return self.act.go(gate) if made is None else made
+
+
 class _Gated(torch.autograd.Function):
     """(g, u) → act(g) ⊙ u."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, act: str) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, active: _Active) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.act = act
-        return ACTS[act].go(gate).mul_(up)
+        ctx.active = active
+        return active.act.go(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         gate, up = ctx.saved_tensors
-        act = ACTS[ctx.act]
-        du = act.go(gate).mul_(g) if ctx.needs_input_grad[1] else None
-        return act.back(g * up, gate) if ctx.needs_input_grad[0] else None, du, None
+        active: _Active = ctx.active
+        made = active.take(gate)
+        du = made.mul_(g) if ctx.needs_input_grad[1] else None
+        return active.act.back(g * up, gate) if ctx.needs_input_grad[0] else None, du, None
 
 
 def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
     """act(gate) ⊙ up, all (…, D); noted as made from the two."""
-
-    def again(parts: Sequence[Tensor]) -> Tensor:
-        return ACTS[act].go(parts[0]).mul_(parts[1])
-
-    return note(_Gated.apply(gate, up, act), gate, up, again=again)  # type: ignore[arg-type]
+    active = _Active(act)
+    return note(_Gated.apply(gate, up, active), gate, up, again=active.again)  # type: ignore[arg-type]
 
 
 def act_of(module: nn.Module, names: tuple[str, str, str]) -> str | None:

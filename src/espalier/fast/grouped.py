@@ -64,16 +64,14 @@ class Grouped:
 
     def __init__(self, seat: Seat, choices: Sequence[Live], stack: Stack) -> None:
         self.seat, self.stack = seat, stack
-        self.first = next(
-            d for live in stack.lives for n, _ in live for d in seat.deltas.get(n, ())
-        )
+        self.device, self.kind = stack.down.device, stack.down.device.type
         place = {live: index for index, live in enumerate(stack.lives)}
         self.choices = [place.get(live, -1) for live in choices]
         self.made: dict[tuple[int, torch.dtype], tuple[Blocks, Tensor, Tensor]] = {}
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> bool:
         """Whether this call is one that it can compute; the batch has so many rows."""
-        if not fits(self.seat, self.first, args, kwargs):
+        if not fits(self.seat.host, self.device, self.kind, args, kwargs):
             return False
         x = args[0]
         return len(x) == rows or (x.dim() == 2 and len(x) > 0 and len(x) % rows == 0)
@@ -82,18 +80,19 @@ class Grouped:
         """The host's output, changed: x (B, T, D_in) or flattened, y likewise."""
         y = type(self.seat.host).forward(self.seat.host, x)  # type: ignore[attr-defined]
         into = y.view(rows, -1, y.shape[-1])
-        dtype = computed_in(x, into.shape[0] * into.shape[1])
+        blocks = rows if rows <= ALONE else len(self.stack.down)
+        dtype = computed_in(x, rows * into.shape[1] // blocks)
         given = x.reshape(rows, -1, x.shape[-1]).to(dtype)
-        blocks, down, up = self._factors(rows, dtype)
-        if blocks.order is None:
+        how, down, up = self._factors(rows, dtype)
+        if how.order is None:
             low = torch.bmm(given, down)
             if into.dtype == dtype:
                 into.baddbmm_(low, up)
             else:
                 into.add_(torch.bmm(low, up))
             return y
-        order, real = blocks.order, blocks.real
-        given = given.index_select(0, order).view(blocks.count, -1, given.shape[-1])
+        order, real = how.order, how.real
+        given = given.index_select(0, order).view(how.count, -1, given.shape[-1])
         added = torch.bmm(torch.bmm(given, down), up).view(len(order), -1, into.shape[-1])
         if real is not None:
             order, added = order.index_select(0, real), added.index_select(0, real)

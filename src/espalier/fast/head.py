@@ -248,7 +248,9 @@ def _stays(host: nn.Module) -> bool:
 def _reads_only(result: Tensor, known: Iterable[Tensor]) -> bool:
     """Whether a result's graph leads to these tensors alone, of all that asks for gradients."""
     edges = {(e.node, e.output_nr) for e in map(get_gradient_edge, known)}
-    waiting = [] if result.grad_fn is None else [(result.grad_fn, result.output_nr)]
+    waiting: list[tuple[Any, int]] = (
+        [] if result.grad_fn is None else [(result.grad_fn, result.output_nr)]
+    )
     seen: set[Any] = set()
     while waiting:
         edge = waiting.pop()

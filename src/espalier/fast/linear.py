@@ -10,7 +10,8 @@ kept anyway (`made`) is made again in backward, and a 4-bit W is unpacked again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +21,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from espalier.fast.drop import Drop
-from espalier.fast.made import Made, made
+from espalier.fast.made import made
+
+
+Again = Callable[[Sequence[Tensor]], Tensor]
 
 
 class Term(NamedTuple):
@@ -34,18 +38,82 @@ class Term(NamedTuple):
     columns: slice
 
 
+class Reader:
+    """One tensor that several linears read, and the gradient that they add up in place.
+
+    What was made from other tensors is made again once for all of them.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.grad: Tensor | None = None
+        self.left = 0  # linears whose backward is to come
+        self._made: Tensor | None = None
+        self.x: Tensor = _Read.apply(x, self) if x.requires_grad else x  # type: ignore[assignment]
+
+    def again(self, how: Again | None, held: Sequence[Tensor]) -> Tensor:
+        """The tensor (N, D_in) from what was held of it."""
+        x = held[0] if how is None else self._made
+        if x is None:
+            assert how is not None
+            x = how(held)
+        self._made = x if how is not None and self.left > 0 else None
+        return x.reshape(-1, x.shape[-1])
+
+
+class _Read(torch.autograd.Function):
+    """x → x, whose gradient comes from its reader once all linears have added theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, reader: Reader) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.reader = reader
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, None]:  # type: ignore[override]
+        reader: Reader = ctx.reader
+        added, reader.grad = reader.grad, None
+        if g is None or added is None:
+            return added if g is None else g, None
+        return added + g, None
+
+
+class Readers:
+    """The reader of the latest tensor."""
+
+    def __init__(self) -> None:
+        self._of: weakref.ref[Tensor] | None = None
+        self._reader: weakref.ref[Reader] | None = None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Readers:
+        return Readers()
+
+    def __reduce__(self) -> tuple[type[Readers], tuple[()]]:
+        return Readers, ()
+
+    def of(self, x: Tensor) -> Reader:
+        """X's reader, which lives as long as a linear that read x does."""
+        reader = self._reader() if self._reader is not None else None
+        if reader is None or self._of is None or self._of() is not x:
+            reader = Reader(x)
+            self._of, self._reader = weakref.ref(x), weakref.ref(reader)
+        return reader
+
+
 @dataclass(slots=True)
 class _Plan:
     """What the function needs besides tensors."""
 
     unpack: Callable[[], Tensor] | None
     drop: Drop
+    reader: Reader
+    again: Again | None
     terms: list[tuple[float, float, int, slice]]
     shape: torch.Size
 
 
 class _Linear(torch.autograd.Function):
-    """(x, W or None, c or None, source, plan, A₁, B₁, A₂, …) → y."""
+    """(x, W or None, c or None, parts of x, plan, A₁, B₁, A₂, …) → y."""
 
     @staticmethod
     def forward(
@@ -53,10 +121,11 @@ class _Linear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        source: Made | None,
+        parts: tuple[Tensor, ...],
         plan: _Plan,
         *factors: Tensor,
     ) -> Tensor:
+        ctx.set_materialize_grads(False)
         flat = x.reshape(-1, x.shape[-1])
         y = F.linear(flat, plan.unpack() if weight is None else weight, bias)  # type: ignore[misc]
         lows = []
@@ -64,47 +133,47 @@ class _Linear(torch.autograd.Function):
             low = F.linear(plan.drop(flat, share, seed), a)
             y[:, columns].addmm_(low, b.t(), alpha=scale)
             lows.append(low)
-        ctx.plan, ctx.source = plan, source
+        ctx.plan = plan
         reads_x = any(ctx.needs_input_grad[5::2])  # an A that stays as it is needs x Aᵀ alone
-        held = () if not reads_x else source.parts if source else (x,)
-        ctx.counts = len(factors), len(lows), len(held)
+        held = (parts or (x,)) if reads_x else ()
+        plan.reader.left += bool(held)
+        ctx.counts = len(factors), len(lows)
         ctx.save_for_backward(weight, *factors, *lows, *held)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         plan: _Plan = ctx.plan
+        if g is None:
+            return (None,) * (5 + 2 * len(plan.terms))
         weight, *rest = ctx.saved_tensors
-        many, few, _ = ctx.counts
+        many, few = ctx.counts
         factors, lows, held = rest[:many], rest[many : many + few], rest[many + few :]
         needs_x, _, needs_bias, _, _, *needs = ctx.needs_input_grad
         g = g.reshape(-1, g.shape[-1])
         x = None
         if held:
-            x = (ctx.source.again(held) if ctx.source else held[0]).reshape(-1, factors[0].shape[1])
-        dx = None
-        if needs_x:
-            dx = g @ (plan.unpack() if weight is None else weight)  # type: ignore[misc]
+            plan.reader.left -= 1
+            x = plan.reader.again(plan.again, held)
+        dx = _through(plan, g, weight) if needs_x else None
         grads: list[Tensor | None] = []
         for index, (a, b, (scale, share, seed, columns)) in enumerate(_each(factors, plan)):
             part = g[:, columns]
-            lower = torch.mm(b.t(), part.t())  # (R, N): a thin product is fastest this way round
-            if scale != 1:
-                lower.mul_(scale)
+            # Thin products are fastest this way round: (R, N) and not (N, R).
+            lower = _scaled(b.t(), part.t(), scale)
             da = db = None
             if needs[2 * index]:
                 assert x is not None
                 da = lower @ plan.drop(x, share, seed)
             if needs[2 * index + 1]:
-                db = (lows[index].t() @ part).t()
-                db = db.mul_(scale) if scale != 1 else db
-            if dx is not None:
-                _add(dx, lower, a, plan.drop, share, seed)
+                db = _scaled(lows[index].t(), part, scale).t()
+            if dx is not None and share:
+                dx += plan.drop(lower.t() @ a, share, seed)
+            elif dx is not None:
+                dx.addmm_(lower.t(), a)
             grads += [da, db]
-        if dx is not None:
-            dx = dx.view(plan.shape)
-        return dx, None, g.sum(0) if needs_bias else None, None, None, *grads
+        return None, None, g.sum(0) if needs_bias else None, None, None, *grads
 
 
 def with_products(
@@ -113,6 +182,7 @@ def with_products(
     bias: Tensor | None,
     terms: list[Term],
     drop: Drop,
+    readers: Readers,
 ) -> Tensor:
     """x Wᵀ + c with every product added: x (…, D_in), the result (…, D_out).
 
@@ -121,24 +191,32 @@ def with_products(
         weight: W (D_out, D_in), or what unpacks it anew each time.
         bias: c (D_out,) or None.
         terms: The products.
-        drop: Where seeds of dropout are looked up.
+        drop: Where masks of dropout are looked up.
+        readers: Where others that read x are looked up.
     """
     held = None if callable(weight) else weight
     unpack = weight if callable(weight) else None
-    plan = _Plan(unpack, drop, [term[2:] for term in terms], x.shape)
+    source, reader = made(x), readers.of(x)
+    again, parts = (source.again, source.parts) if source else (None, ())
+    plan = _Plan(unpack, drop, reader, again, [term[2:] for term in terms], x.shape)
     factors = [factor for term in terms for factor in term[:2]]
-    return _Linear.apply(x, held, bias, made(x), plan, *factors)  # type: ignore[return-value]
+    return _Linear.apply(reader.x, held, bias, parts, plan, *factors)  # type: ignore[return-value]
+
+
+def _through(plan: _Plan, g: Tensor, weight: Tensor | None) -> Tensor:
+    """The gradient (N, D_in) of x with this layer's part, in the reader's tensor itself."""
+    weight = plan.unpack() if weight is None else weight  # type: ignore[misc]
+    reader = plan.reader
+    if reader.grad is None:
+        reader.grad = (g @ weight).view(plan.shape)
+        return reader.grad.view(-1, plan.shape[-1])
+    return reader.grad.view(-1, plan.shape[-1]).addmm_(g, weight)
+
+
+def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """s · a b in one product."""
+    return a @ b if scale == 1 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
 def _each(factors: Any, plan: _Plan) -> Any:
     return zip(factors[::2], factors[1::2], plan.terms, strict=True)
-
-
-def _add(
-    dx: Tensor, lower: Tensor, a: Tensor, drop: Drop, share: float, seed: int
-) -> None:
-    """Add a product's part of the gradient of x, through its dropout."""
-    if share:
-        dx.add_(drop(lower.t() @ a, share, seed))
-    else:
-        dx.addmm_(lower.t(), a)

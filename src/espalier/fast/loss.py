@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Measured on a CPU, widths of 256 to 2048 and 8,000 to 256,000 words: fewer rows make the products
-# slow, more save nothing; in parts of this many numbers the sums stay within the processor's cache.
-ROWS, NUMBERS, CACHED = 256, 1 << 22, 1 << 18
+# slow, more save nothing.
+ROWS, NUMBERS = 256, 1 << 22
 GPU_NUMBERS = 1 << 26  # a GPU needs larger products; an assumption, not measured
 
 
@@ -116,7 +116,7 @@ def _chunk(
         x.requires_grad_(needs)
         logits = plan.run(x[None])
     own = logits.data  # no version of it is kept: what nobody holds may be written over
-    spare = own.is_contiguous() and own.untyped_storage()._cdata not in held
+    spare = not own.is_cuda and own.is_contiguous() and own.untyped_storage()._cdata not in held
     into = own if spare else torch.empty_like(own, memory_format=torch.contiguous_format)
     _slope(own[0], labels, into[0], nats, plan.smoothing)
     wanted = [x, *numbers] if needs else [*numbers]
@@ -124,27 +124,25 @@ def _chunk(
 
 
 def _slope(logits: Tensor, labels: Tensor, into: Tensor, nats: Tensor, smoothing: float) -> None:
-    """Losses (n,) of the logits (n, V), and their slopes, which may take the logits' own place."""
-    width, share = logits.shape[1], 1.0 - smoothing
-    wide = nats.dtype
-    many = max(1, CACHED // width) if logits.is_cpu else len(logits)
-    there = into.data_ptr() == logits.data_ptr()
-    for start in range(0, len(logits), many):
-        part = slice(start, start + many)
-        at = labels[part, None]
-        z = logits[part].to(wide, copy=not there)
-        top, right = z.amax(1, keepdim=True), z.gather(1, at)
-        mean = z.mean(1, keepdim=True) if smoothing else right
-        z.sub_(top).exp_()
-        total = z.sum(1, keepdim=True)
-        loss = top + total.log() - share * right - smoothing * mean
-        nats[part] = loss[:, 0]
-        z.div_(total)
-        if smoothing:
-            z.sub_(smoothing / width)
-        z.scatter_add_(1, at, z.new_full((), -share).expand(at.shape))
-        if not (there and wide == logits.dtype):
-            into[part] = z
+    """Losses (n,) of the logits (n, V), and their slopes, which may take the logits' own place.
+
+    The softmax is rounded to the logits' type, as their gradient must be. Its largest share p, by
+    which the sum of exponentials is known, is so taken from the other shares where it is near 1:
+    the loss of a word that is all but certain has the precision of its own size.
+    """
+    width, wide, at = logits.shape[1], nats.dtype, labels[:, None]
+    right = logits.gather(1, at)[:, 0].to(wide)
+    mean = logits.mean(1, dtype=wide) if smoothing else right
+    top = logits.amax(1).to(wide)
+    torch.softmax(logits, 1, out=into)
+    most = into.amax(1).to(wide)
+    others = into.sum(1, dtype=wide).sub_(most)
+    total = top - torch.where(most > 0.5, torch.log1p(-others), most.log())
+    nats.copy_(total - torch.lerp(right, mean, smoothing))
+    if smoothing:
+        into.sub_(smoothing / width)
+    slope = torch.expm1(right - total).add_(smoothing - smoothing / width)
+    into.scatter_(1, at, slope[:, None].to(into.dtype))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -8,11 +8,15 @@ this with its `weight` (or with 1 + `weight`) and one of the numbers that it hol
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from espalier.fast.made import note
 
 
 class Law(NamedTuple):
@@ -24,37 +28,45 @@ class Law(NamedTuple):
 
 
 class _Norm(torch.autograd.Function):
-    """(x, w) → y."""
+    """(x, w, ε) → y."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, eps: float, wide: bool) -> Tensor:
-        inverse = _inverse(x, eps)
+    def forward(ctx: Any, x: Tensor, w: Tensor, eps: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse = torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()  # 1 / r
         ctx.save_for_backward(x, w, inverse)
-        y = x.float() * inverse if x.dtype == torch.float32 else x.float().mul_(inverse)
-        if wide:
-            return y.mul_(w.float()).to(x.dtype)
-        return y.to(x.dtype).mul_(w)
+        ctx.mark_non_differentiable(inverse)
+        return _scaled(x, inverse, w, wide), inverse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:  # type: ignore[override]
         x, w, inverse = ctx.saved_tensors
-        g = (g * w).float()
-        unit = x * inverse  # at least fp32
-        along = torch.linalg.vecdot(g, unit).unsqueeze(-1).div_(x.shape[-1])
-        return g.addcmul_(unit, along, value=-1).mul_(inverse).to(x.dtype), None, None, None
-
-
-def _inverse(x: Tensor, eps: float) -> Tensor:
-    """1 / r (…, 1), fp32."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        g = g * w.float()
+        along = (g * x).sum(-1, keepdim=True).mul_(inverse.pow(3))
+        dx = g.mul_(inverse).addcmul_(x, along, value=-1 / x.shape[-1])
+        return dx.to(x.dtype), None, None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, law: Law) -> Tensor:
-    """Y (…, D) of x (…, D); `weight` (D,) gets no gradient."""
+    """Y (…, D) of x (…, D), noted as made from x; `weight` (D,) gets no gradient."""
     w = weight + law.offset if law.offset else weight
-    return _Norm.apply(x, w, law.eps, law.wide)  # type: ignore[return-value]
+    y, inverse = _Norm.apply(x, w, _number(law.eps, x.device), law.wide)  # type: ignore[misc]
+    return note(y, x, inverse, w, again=partial(_again, law.wide))
+
+
+def _again(wide: bool, parts: Sequence[Tensor]) -> Tensor:
+    return _scaled(*parts, wide)
+
+
+def _scaled(x: Tensor, inverse: Tensor, w: Tensor, wide: bool) -> Tensor:
+    y = x * inverse  # fp32
+    return y.mul_(w).to(x.dtype) if wide else y.to(x.dtype).mul_(w)
+
+
+@lru_cache(32)
+def _number(value: float, device: torch.device) -> Tensor:
+    return torch.full((), value, device=device)
 
 
 def norm_law(module: nn.Module, x: Tensor) -> Law | None:

@@ -11,6 +11,7 @@ from espalier.attention import Attention, callers
 from espalier.fast.attention import suits
 from espalier.fast.gated import act_of, gated
 from espalier.fast.norm import Law, norm_law, rms_norm
+from espalier.fast.rotary import rotating_twin
 from espalier.fast.switch import enabled
 from espalier.modules import base_modules
 
@@ -25,8 +26,11 @@ class QuickNorm:
         self.law: Law | None = None
         self.tried = False
 
-    def __call__(self, host: nn.Module, x: Tensor) -> Tensor | None:
+    def __call__(self, host: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
         """The norm's output, or None where its own forward had better be called."""
+        if len(args) != 1 or kwargs:
+            return None
+        (x,) = args
         if not self.tried:
             self.tried, self.law = True, norm_law(host, x)
         weight = host.weight
@@ -43,8 +47,11 @@ class QuickFeed:
         self.act: str | None = None
         self.tried = False
 
-    def __call__(self, host: nn.Module, x: Tensor) -> Tensor | None:
+    def __call__(self, host: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
         """The feed-forward's output, or None where its own forward had better be called."""
+        if len(args) != 1 or kwargs:
+            return None
+        (x,) = args
         if not self.tried:
             self.tried, self.act = True, act_of(host, self.names)
         if self.act is None:
@@ -53,19 +60,28 @@ class QuickFeed:
         return out(gated(gate(x), up(x), self.act))  # type: ignore[misc]
 
 
-Quick = QuickNorm | QuickFeed
+class QuickAttention:
+    """An attention that rotates its queries and keys by a function of its file."""
+
+    def __call__(self, host: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The attention's output, or None where its own forward had better be called."""
+        twin = rotating_twin(type(host))
+        return None if twin is None else twin(host, *args, **kwargs)
+
+
+Quick = QuickNorm | QuickFeed | QuickAttention
 
 
 def taken(quick: Quick, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a quick stand-in gives for this call; None where the host's own forward is to run."""
-    if len(args) != 1 or kwargs or not host.training or not torch.is_grad_enabled():
+    if not host.training or not torch.is_grad_enabled():
         return None
     if not enabled() or torch.compiler.is_compiling():
         return None
-    x = args[0]
+    x = args[0] if args else next(iter(kwargs.values()), None)
     if not isinstance(x, Tensor) or torch.is_autocast_enabled(x.device.type):
         return None
-    return quick(host, x)
+    return quick(host, *args, **kwargs)
 
 
 def quicken(graft: Graft, model: nn.Module) -> None:
@@ -83,10 +99,11 @@ def quicken(graft: Graft, model: nn.Module) -> None:
             graft.seat(path, modules[path]).quick = QuickFeed(
                 names["ffn.gate"], names["ffn.in"], names["ffn.out"]
             )
-    if suits(model):
-        for path, module in callers(modules, graft.places).items():
-            if path not in graft.attentions:
-                graft.attentions[path] = Attention(module, graft)
+    for path, module in callers(modules, graft.places).items():
+        if rotating_twin(type(module)) is not None:
+            graft.seat(path, module).quick = QuickAttention()
+        if suits(model) and path not in graft.attentions:
+            graft.attentions[path] = Attention(module, graft)
             graft.attentions[path].refresh()
 
 

@@ -51,8 +51,8 @@ def output(seat: Seat, live: Live, x: Tensor) -> Tensor:
         product = delta.product(hosts.tensors(delta, x, host))
         assert product is not None
         share = product.dropout if host.training else 0.0
-        seed = drop.seed(x) if share else 0
+        seed = drop.seed(x, delta) if share else 0
         rows = delta.site.rows
         columns = slice(None) if rows is None else slice(rows.start, rows.stop)
         terms.append(Term(*product[:2], product.scale * weighed, share, seed, columns))
-    return with_products(x, weight, bias, terms, drop)
+    return with_products(x, weight, bias, terms, drop, seat.graft.readers)

@@ -148,8 +148,9 @@ def _row(
     """
     rest = q.shape[1] - sum(sizes)
     parts = [*sizes, rest] if rest else list(sizes)
-    texts = zip(q.split(parts, 1), k.split(parts, 1), v.split(parts, 1), strict=True)
-    out = [_text(*(x[None] for x in text), dropout, scale, window) for text, _ in zip(texts, sizes)]
+    parted = zip(q.split(parts, 1), k.split(parts, 1), v.split(parts, 1), strict=True)
+    texts = [(q[None], k[None], v[None]) for q, k, v in parted][: len(sizes)]
+    out = [_text(q, k, v, dropout, scale, window) for q, k, v in texts]
     if rest:
         out.append(v.new_zeros(rest, q.shape[0], v.shape[-1]))
     return torch.cat(out)

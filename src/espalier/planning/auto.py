@@ -150,5 +150,3 @@ def shortage(setup: Setup, memory: int, rehearsal: Rehearsal) -> str:
     again = " ".join(["espalier plan", *flags(setup), "--length", str(setup.length)])
     lines.append(f"More: {again} --memory {memory // 10**6}MB")
     return "\n".join(lines)
-
-

@@ -87,7 +87,7 @@ def shaped(model: nn.Module, dtype: torch.dtype, storage: Storage | None) -> nn.
 
 
 def _packed(module: nn.Module, storage: Storage, compute: torch.dtype) -> nn.Module:
-    """bitsandbytes' module in place of a Linear or Conv1D, its codes and scales without memory."""
+    """The module of bitsandbytes in place of a Linear or Conv1D, its codes and scales without memory."""
     bnb = library(f"a base in {storage}")
     weight, bias = hosts.parameter(module, "weight"), module._parameters.get("bias")
     n_out, n_in = weight.shape if type(module) is nn.Linear else weight.shape[::-1]

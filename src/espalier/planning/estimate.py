@@ -163,30 +163,38 @@ def plan(
 
 def of_step(rehearsal: Rehearsal, setup: Setup) -> Plan:
     """The plan of a setup, which the rehearsal's model and adapter serve."""
+    if setup.step not in rehearsal.plans:
+        rehearsal.plans[setup.step] = _watched(rehearsal, setup)
+    return dataclasses.replace(rehearsal.plans[setup.step], setup=setup)
+
+
+def _watched(rehearsal: Rehearsal, setup: Setup) -> Plan:
     course = rehearsal.step(setup)
     line = course.line()
     moment = max(range(len(line)), key=line.__getitem__)
-    adapter = rehearsal.adapter
-    numbers = [flat.numel() for flat in adapter.flat.values()]
-    trained = sum(numbers)
     found = course.parts(moment)
-    found["optimiser"] = moments(numbers, setup.optimizer)
-    if setup.keeps:
-        found["adapter"] = found.get("adapter", 0) + 4 * trained
+    found["optimiser"], best = held(rehearsal, setup)
+    found["adapter"] = found.get("adapter", 0) + best
     parts = {name: found.get(name, 0) for name in PARTS}
-    standing = parts["optimiser"] + (4 * trained if setup.keeps else 0)
     looked = max(rehearsal.look(setup, setup.eval_batch or 2 * setup.batch).line())
+    trained = rehearsal.trained
     return Plan(
         setup=setup,
         parts=parts,
         saved=course.saved(),
-        evaluation=looked + standing,
+        evaluation=looked + parts["optimiser"] + best,
         flops=course.flops * setup.accumulate,
         # AdamW reads and writes numbers and moments and reads gradients.
         moved=course.moved * setup.accumulate + 2 * parts["optimiser"] + 12 * trained,
         trained=trained,
         total=rehearsal.numbers,
     )
+
+
+def held(rehearsal: Rehearsal, setup: Setup) -> tuple[int, int]:
+    """Bytes of the optimiser's moments, and of the copy of the best numbers."""
+    numbers = [flat.numel() for flat in rehearsal.adapter.flat.values()]
+    return moments(numbers, setup.optimizer), 4 * sum(numbers) if setup.keeps else 0
 
 
 def moments(numbers: list[int], optimizer: str) -> int:
@@ -199,5 +207,3 @@ def moments(numbers: list[int], optimizer: str) -> int:
         scales = 2 * 4 * -(-count // MOMENTS_BLOCK)
         total += 8 * count if count < LEAST else 2 * count + scales
     return total + (tables if max(numbers, default=0) >= LEAST else 0)
-
-

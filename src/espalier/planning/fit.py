@@ -71,30 +71,47 @@ def ways(rehearsal: Rehearsal, found: Plan, memory: int) -> Iterator[Way]:
     if found.needed <= memory:
         return
     setup, changes, least = found.setup, (), found.needed
+    way: Way | None = None
     for change in (None, *_CHANGES):
         changed = setup if change is None else change(setup, rehearsal)
         if changed is None:
             continue
+        try:
+            fresh = changed.same_base != setup.same_base
+            tried = Rehearsal(changed) if fresh else rehearsal
+        except EspalierError:  # this method cannot stand there
+            continue
+        floor = _floor(tried, changed)
         if change is not None:
-            try:
-                if changed.same_base != setup.same_base:
-                    rehearsal = Rehearsal(changed)
-            except EspalierError:  # this method cannot stand there
-                continue
-            now = of_step(rehearsal, dataclasses.replace(changed, batch=1))
-            if now.needed > 0.98 * least and change is not _shorter:
+            lowest = floor
+            if floor <= memory:
+                lowest = of_step(tried, dataclasses.replace(changed, batch=1)).needed
+            before = _floor(rehearsal, setup) if floor > memory else least
+            if lowest > 0.98 * before and change is not _shorter:
                 continue  # it is not worth its price here
-        best = largest(rehearsal, changed, memory)
-        plan = of_step(rehearsal, _with_batch(changed, best or 1))
-        told = changes if change is None else (*changes, _difference(setup, changed))
-        setup, changes = changed, told
+            changes = (*changes, _difference(setup, changed))
+        rehearsal, setup = tried, changed
+        if floor > memory:  # no batch is small enough
+            continue
+        plan = of_step(rehearsal, _with_batch(setup, largest(rehearsal, setup, memory) or 1))
         least = min(least, plan.needed)
-        if plan.setup.batch != found.setup.batch:
-            told = (_batch_words(plan.setup), *told)
+        smaller = plan.setup.batch != found.setup.batch
+        told = (_batch_words(plan.setup), *changes) if smaller else changes
         if told:
-            yield Way(told, plan, plan.needed <= memory)
+            way = Way(told, plan, plan.needed <= memory)
+            yield way
         if plan.needed <= memory:
             return
+    if way is None:
+        plan = of_step(rehearsal, _with_batch(setup, 1))
+        yield Way((_batch_words(plan.setup), *changes), plan, plan.needed <= memory)
+
+
+def _floor(rehearsal: Rehearsal, setup: Setup) -> int:
+    """Bytes that no batch and no length change."""
+    from espalier.planning.estimate import held
+
+    return rehearsal.standing + sum(held(rehearsal, setup))
 
 
 def largest(rehearsal: Rehearsal, setup: Setup, memory: int) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 
 from espalier import hosts
 from espalier.errors import EspalierError, SettingError
-from espalier.fast import loss as fast_loss
 from espalier.fast.gated import act_of
 from espalier.fast.norm import norm_law
 from espalier.fast.quick import QuickFeed, QuickNorm, quicken
@@ -45,26 +45,47 @@ class Rehearsal:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         self.setup = setup
-        self.mode = FakeTensorMode()
+        # Constants that fast paths keep are real.
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         model = setup.make(setup.dtype, setup.storage)
+        with self._told():
+            graft, adapter = prepare(
+                model, setup.recipe, NAME, head=setup.head, dtype=torch.float32, fresh=False
+            )
+            install(model, graft, adapter)
         with self._pretending():
             base.pretend(model, setup.device)
-            graft, adapter = prepare(model, setup.recipe, NAME, head=setup.head, fresh=False,
-                                     dtype=torch.float32)  # fmt: skip
-            install(model, graft, adapter)
+            for delta in adapter.deltas:  # they read what they could on "meta"
+                vars(delta)["ready"] = _nothing
             activate(model, NAME)
+            for delta in adapter.deltas:
+                del vars(delta)["ready"]
             quicken(graft, model)
         graft._quick = True  # it would be done at the first pass
         _settle_quick(graft)
         self.model: Any = model
         self.adapter = adapter
+        self.plans: dict[object, Any] = {}  # of the steps that were watched
         words = getattr(model, "get_output_embeddings", lambda: None)()
         weight = getattr(words, "weight", None)
         self.vocabulary = 0 if weight is None else int(weight.shape[0])
 
     @contextlib.contextmanager
     def _pretending(self) -> Iterator[None]:
-        with warnings.catch_warnings(), _few_parts(), self.mode:
+        # What only the collector of cycles frees goes at any time: it is counted as not freed.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with self._told(), self.mode:
+                yield
+        finally:
+            if collects:
+                gc.enable()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Tell what asks for numbers in words of ours."""
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # our views look at addresses, which fakes lack
             try:
                 yield
@@ -88,6 +109,18 @@ class Rehearsal:
         return held + base.beside(self.model)
 
     @property
+    def standing(self) -> int:
+        """Bytes of the base and the adapter, each storage once."""
+        tensors = (*self.weights, *self.adapter.runs.values())
+        storages = (tensor.untyped_storage() for tensor in tensors)
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+    @property
+    def trained(self) -> int:
+        """Numbers that train."""
+        return sum(flat.numel() for flat in self.adapter.flat.values())
+
+    @property
     def numbers(self) -> int:
         """Numbers of the base, tied ones once; those in few bits as what they stand for."""
         modules = base_modules(self.model).values()
@@ -102,7 +135,7 @@ class Rehearsal:
             for parameter in trained:  # earlier micro-batches left theirs
                 parameter.grad = torch.zeros_like(parameter) if setup.accumulate > 1 else None
             batch = given(setup, setup.batch)
-            tracer = self._tracer(batch, trained)
+            tracer = self._tracer(batch, trained, setup.task.name)
             with tracer:
                 loss = self._loss(setup, batch)
                 tracer.rename("workspace", "activations")
@@ -119,19 +152,22 @@ class Rehearsal:
         with self._pretending(), torch.no_grad():
             self.model.eval()
             batch = given(setup, rows)
-            tracer = self._tracer(batch, [])
+            tracer = self._tracer(batch, [], setup.task.name)
             with tracer:
                 self._loss(setup, batch)
         return tracer.course
 
-    def _tracer(self, batch: dict[str, Tensor], trained: list[nn.Parameter]) -> Tracer:
+    def _tracer(self, batch: dict[str, Tensor], trained: list[nn.Parameter], task: str) -> Tracer:
         standing: dict[str, list[Any]] = {
             "weights": self.weights,
             "adapter": list(self.adapter.runs.values()),
             "gradients": [p.grad for p in trained if p.grad is not None],
             "activations": list(batch.values()),
         }
-        return Tracer(standing, self.vocabulary, pretends=True)
+        labels = batch["labels"]
+        # A decoder that foretells the next word has nothing to say of a row's first label.
+        many = labels.numel() - len(labels) * (task == "causal")
+        return Tracer(standing, self.vocabulary, {labels.numel(): many})
 
     def _loss(self, setup: Setup, batch: dict[str, Tensor]) -> Tensor:
         mixed = setup.precision == "bf16" and self.model.dtype == torch.float32
@@ -169,6 +205,10 @@ def given(setup: Setup, rows: int) -> dict[str, Tensor]:
     return batch
 
 
+def _nothing() -> None:
+    """Stands for a delta's `ready`."""
+
+
 def _settle_quick(graft: Graft) -> None:
     """Find out with numbers what is else found out at first use: which modules fast paths know."""
     for seat in graft.seats.values():
@@ -177,7 +217,9 @@ def _settle_quick(graft: Graft) -> None:
             quick.tried, quick.act = True, act_of(seat.host, quick.names)
         elif isinstance(quick, QuickNorm):
             twin = copy.copy(seat.host)
-            twin.__dict__ = {k: v for k, v in vars(twin).items() if k != "forward"}
+            twin.__dict__ = {
+                k: v for k, v in vars(twin).items() if k not in ("forward", "weight")
+            }  # neither a seat's method nor a trained copy
             own = seat.host._parameters.get("weight")
             if list(twin._parameters) != ["weight"] or own is None:
                 continue
@@ -186,17 +228,6 @@ def _settle_quick(graft: Graft) -> None:
             twin._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
             rows = torch.randn(3, own.shape[-1], generator=draw).to(own.dtype)
             quick.tried, quick.law = True, norm_law(twin, rows)
-
-
-@contextlib.contextmanager
-def _few_parts() -> Iterator[None]:
-    """A chunk of logits in a few parts: on a CPU it has hundreds, all of one size, one at a time."""
-    before = fast_loss.CACHED
-    fast_loss.CACHED = max(before, fast_loss.NUMBERS // 2)
-    try:
-        yield
-    finally:
-        fast_loss.CACHED = before
 
 
 def _reads_numbers(error: Exception) -> bool:

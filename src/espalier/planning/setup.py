@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from espalier.tasks import Task
     from espalier.training.config import RunConfig
 
+CPU = torch.device("cpu")
 CLASSES = ("0", "1")  # where no data says how many there are
 CHOICES = 4  # answers to a question, likewise
 
@@ -63,13 +64,19 @@ class Setup:
     head: Head = "auto"
     eval_batch: int | None = None
     keeps: bool = False
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @property
     def dtype(self) -> torch.dtype:
         """The base's type: bf16 means autocast over fp32 where the base's own weights train."""
         half = self.precision == "bf16" and not self.recipe.trains_base
         return torch.bfloat16 if half else torch.float32
+
+    @property
+    def step(self) -> tuple[object, ...]:
+        """What decides a step of the model that is built."""
+        sizes = (self.batch, self.accumulate, self.length, self.target_length, self.eval_batch)
+        return (*sizes, self.checkpointing, self.optimizer)
 
     @property
     def same_base(self) -> tuple[object, ...]:
@@ -122,7 +129,8 @@ def of_model(model: Any, task: Task) -> dict[str, Any]:
         return base.shaped(made, model.dtype, storage or asked)
 
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    return {"model": name, "make": make, "task": task, "storage": storage}
+    known = {"model": name, "make": make, "task": task}
+    return known if storage is None else {**known, "storage": storage}
 
 
 def of_run(
@@ -170,5 +178,3 @@ def checked(value: object, name: str, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise SettingError(f"{name} is a whole number of at least {least}; got {value!r}")
     return value
-
-

@@ -97,19 +97,20 @@ class Tracer(TorchDispatchMode):
     Args:
         standing: Tensors that are there before, by part.
         vocabulary: Width of the tensors that count as logits.
-        pretends: Whether tensors are fake, so that what asks for their numbers must be answered.
+        counting: For fake tensors, whose numbers may be asked for: how many of so many labels
+            count; all where it does not say.
     """
 
     def __init__(
         self,
         standing: Mapping[str, Iterable[Tensor]],
         vocabulary: int = 0,
-        pretends: bool = False,
+        counting: Mapping[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.course = Course()
         self.vocabulary = vocabulary
-        self.pretends = pretends
+        self.counting = counting
         self._live: dict[int, tuple[Held, weakref.ref[Any]]] = {}
         for part, tensors in standing.items():
             for tensor in tensors:
@@ -138,8 +139,8 @@ class Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         course = self.course
         course.length += 1
-        if self.pretends:
-            known = _answered(func, args)
+        if self.counting is not None:
+            known = _answered(func, args, self.counting)
             if known is not None:
                 return known[0]
         out = func(*args, **kwargs)
@@ -187,11 +188,14 @@ class Tracer(TorchDispatchMode):
                 course.extra[course.length] = inner
 
 
-def _answered(func: Any, args: tuple[Any, ...]) -> tuple[Any] | None:
-    """What numbers would say that fake tensors lack: every label counts, no mask is all ones."""
+def _answered(func: Any, args: tuple[Any, ...], counting: Mapping[int, int]) -> tuple[Any] | None:
+    """What numbers would say that fake tensors lack: which labels count, no mask is all ones."""
     if func.overloadpacket is aten.nonzero and args[0].dtype == torch.bool:
         asked = args[0]
-        return (torch.empty(asked.numel(), asked.dim(), dtype=torch.long, device=asked.device),)
+        count = counting.get(asked.numel(), asked.numel())
+        return (torch.empty(count, asked.dim(), dtype=torch.long, device=asked.device),)
+    if func.overloadpacket is aten.equal:
+        return (True,)
     if func.overloadpacket is aten._local_scalar_dense:
         kind = args[0].dtype
         return (False,) if kind == torch.bool else (0,) if kind == torch.int64 else None

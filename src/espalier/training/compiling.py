@@ -46,8 +46,7 @@ def compiled(model: nn.Module, how: How, run: Callable[[], object]) -> Iterator[
         return
     parts = _parts(model, how)
     _check_compiler(next(model.parameters()).device)
-    settings: Any = torch._dynamo.config
-    with settings.patch(recompile_limit=GRAPHS, accumulated_recompile_limit=8 * GRAPHS):
+    with _limits():
         _trace(parts, how, run)
         try:
             for part in parts:
@@ -55,6 +54,17 @@ def compiled(model: nn.Module, how: How, run: Callable[[], object]) -> Iterator[
             yield
         finally:
             _plain(parts)
+
+
+def _limits() -> contextlib.AbstractContextManager[None]:
+    settings: Any = torch._dynamo.config
+    return settings.patch(
+        recompile_limit=GRAPHS,
+        accumulated_recompile_limit=8 * GRAPHS,
+        # Under checkpointing deltas forget what they were told in forward, once; a compiled
+        # backward computes the graph again, not the Python.
+        skip_fwd_side_effects_in_bwd_under_checkpoint=True,
+    )
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -94,7 +104,7 @@ def _trace(parts: Sequence[nn.Module], how: How, run: Callable[[], object]) -> N
         for part in parts:
             part.compile(backend="eager", fullgraph=True, dynamic=True)
         run()
-    except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.InternalTorchDynamoError) as e:
+    except _failures() as e:
         other = " compile: layers may do." if how == "model" else ""
         raise SettingError(
             f"compile: {how} does not suit this model with this method: {_reason(e)}.{other} "
@@ -103,6 +113,12 @@ def _trace(parts: Sequence[nn.Module], how: How, run: Callable[[], object]) -> N
     finally:
         _plain(parts)
         torch._dynamo.reset()
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    from torch._dynamo import exc  # slow to import, and needed by few
+
+    return exc.TorchDynamoException, exc.InternalTorchDynamoError
 
 
 def _reason(error: Exception) -> str:

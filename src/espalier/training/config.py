@@ -309,8 +309,15 @@ def _check_sharding(config: RunConfig) -> None:
             f"{what} spreads weights in full precision, and quantize: {config.quantize} packs them "
             "with scales that no shard keeps: choose one (70 billion numbers in nf4 take 36 GB)."
         )
-    if config.trunk_cache != "none":
-        raise ValueError(f"{what} and trunk_cache: {config.trunk_cache}: choose one.")
+    other = {"trunk_cache": config.trunk_cache, "compile": config.compile}
+    for name, value in {**other, "offload": config.offload}.items():
+        if value != "none":
+            raise ValueError(
+                f"{what} gathers and frees each block as it runs, which {name}: {value} does not "
+                "follow: choose one."
+            )
+    if config.batch == "auto":
+        raise ValueError(f"batch: auto reckons with a whole base, {what} cuts it: give a number.")
     if config.generate and config.task == "seq2seq":
         raise ValueError(
             f"generate calls the encoder alone, which {what} does not allow: leave it out, and "

@@ -86,7 +86,9 @@ def offloaded(model: nn.Module, store: Store | None) -> Iterator[None]:
     if store is None:
         yield
         return
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    own = {
+        tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())
+    }
     moved: weakref.WeakValueDictionary[tuple[Any, ...], _Moved] = weakref.WeakValueDictionary()
 
     def pack(tensor: Tensor) -> Tensor | _Moved:

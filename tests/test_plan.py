@@ -1,0 +1,319 @@
+"""Planning: what is foretold without memory is what is counted on real tensors, byte for byte."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch import Tensor
+
+import espalier as esp
+import table
+import tiny_runs as tiny
+import zoo
+from command_line import Command, write_rows
+from espalier.errors import CheckpointError, SettingError, TrainingError
+from espalier.planning import fit
+from espalier.planning.estimate import moments, of_step
+from espalier.planning.rehearsal import Rehearsal
+from espalier.planning.setup import Setup, of_model, task_named
+from espalier.planning.trace import Course, Held, Tracer
+from espalier.recipes import recipe
+from espalier.training import RunConfig
+from espalier.training.evaluate import inputs
+from espalier.training.models import checkpointed
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing"),
+    pytest.mark.filterwarnings("ignore:A single label was found"),
+]
+RECIPES = ("LoRA(sites='all-linear')", "FullTuning()", "PrefixTuning(length=4)")
+
+
+def setup_of(model: Any, method: str, **changes: Any) -> Setup:
+    known = of_model(model, task_named(None, model.config))
+    sizes = {"batch": 3, "length": 9, "target_length": 5}
+    return Setup(**known, recipe=recipe(method), **sizes | changes)
+
+
+def counted(model: Any, setup: Setup, vocabulary: int, batch: dict[str, Tensor]) -> Course:
+    """The second step on real tensors under the same watch."""
+    esp.attach(model, setup.recipe)
+    adapter = next(iter(model.espalier.adapters.values()))
+    own = [t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values())]
+    standing = {
+        "weights": [t for t in own if t is not None],
+        "adapter": list(adapter.runs.values()),
+        "activations": list(batch.values()),
+    }
+    tracer = Tracer({}, 0)
+    model.train()
+    gc.disable()  # what only it frees is counted as not freed
+    with checkpointed(model, setup.checkpointing):
+        for _ in range(2):  # the first finds out what can be quick
+            for parameter in esp.parameters(model):
+                parameter.grad = None
+            tracer = Tracer(standing, vocabulary)
+            with tracer:
+                given = inputs(setup.task, batch, setup.device, model.dtype)
+                loss = setup.task.loss(model(**given), batch) * 1.0
+                tracer.mark("backward")
+                loss.backward()
+    gc.enable()
+    return tracer.course
+
+
+@pytest.mark.parametrize("method", RECIPES)
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_saved_and_peak_bytes_are_those_of_a_real_step(family: str, method: str) -> None:
+    case = zoo.BY_NAME[family]
+    model = case.make()
+    batch = {key: value.clone() for key, value in case.batch().items()}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][0, -1] = 0  # texts of one length alone need no mask
+    for checkpointing in (False, True):
+        setup = setup_of(model, method, checkpointing=checkpointing)
+        rehearsal = Rehearsal(setup)
+        told = rehearsal.step(setup)
+        real = counted(case.make(), setup, rehearsal.vocabulary, batch)
+        assert told.saved() == real.saved()
+        assert max(told.line()) == max(real.line())
+
+
+def test_saved_bytes_agree_with_autograd_own_hooks() -> None:
+    """Another oracle: what autograd says it saves, each storage once, parameters left out."""
+    model = zoo.bert()
+    setup = setup_of(model, RECIPES[0])
+    told = Rehearsal(setup).step(setup).saved()
+    esp.attach(model, setup.recipe)
+    model.train()
+    batch = zoo.BY_NAME["bert"].batch()
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][0, -1] = 0
+    known = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *batch.values())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**batch)
+    # Besides what is saved, the loss itself and the probabilities it was taken from are there.
+    assert sum(kept.values()) <= told <= 1.1 * sum(kept.values())
+
+
+def test_the_line_of_what_is_held() -> None:
+    held = [Held(10, 0, "weights"), Held(5, 1, "workspace", 2), Held(7, 3, "workspace", 3)]
+    course = Course(held, length=3, extra={2: 100}, marks={"backward": 2})
+    assert course.line() == [10, 15, 115, 17]
+    assert course.parts(2) == {"weights": 10, "workspace": 105}
+    with Tracer({}, 0) as tracer:
+        x = torch.ones(4, 8)
+        y = x @ torch.ones(8, 2)
+        del x
+        y = y + 1
+    line = tracer.course.line()
+    assert max(line) == 4 * (32 + 16 + 8)
+    assert line[-1] == 4 * (8 + 8 + 16) - 4 * 16  # the two results
+    assert tracer.course.flops == 2 * 4 * 8 * 2
+
+
+def test_more_of_everything_takes_more_and_checkpointing_less() -> None:
+    model = zoo.llama()
+    setup = setup_of(model, "IA3()", batch=4, length=16)
+    rehearsal = Rehearsal(setup)
+
+    def peak(**changes: Any) -> int:
+        return of_step(rehearsal, dataclasses.replace(setup, **changes)).peak
+
+    base = peak()
+    assert peak(batch=2) < base < peak(batch=8)
+    assert peak(length=8) < base < peak(length=32)
+    assert peak(checkpointing=True) < base
+    assert base <= peak(accumulate=4)
+    assert Rehearsal(setup).step(setup).line() == Rehearsal(setup).step(setup).line()
+
+
+def test_weights_in_four_bits_are_counted_as_they_are_stored() -> None:
+    pytest.importorskip("bitsandbytes")
+    model = zoo.llama()
+    plain = esp.plan(model, "LoRA()", batch=2, length=8, device="cpu")
+    packed = esp.plan(model, "LoRA()", batch=2, length=8, device="cpu", quantize="nf4")
+    told = esp.quantize(model, "nf4")
+    buffers = sum(b.nbytes for b in model.buffers())
+    assert packed.parts["weights"] == (told.measured or 0) + buffers
+    assert packed.parts["weights"] < plain.parts["weights"]
+    assert packed.total == plain.total
+
+
+def test_moments_of_the_optimisers() -> None:
+    assert moments([5000, 100], "adamw") == 8 * 5100
+    eight = moments([5000, 100], "adamw_8bit")
+    import bitsandbytes as bnb
+
+    numbers = [torch.nn.Parameter(torch.ones(n)) for n in (5000, 100)]
+    made = bnb.optim.AdamW8bit(numbers, lr=1e-3)
+    for parameter in numbers:
+        parameter.grad = torch.ones_like(parameter)
+    made.step()
+    held = {t.data_ptr(): t.nbytes for s in made.state.values() for t in s.values()
+            if isinstance(t, Tensor)}  # fmt: skip
+    assert eight == pytest.approx(sum(held.values()), abs=64)
+
+
+def folder_of(tmp_path: Path, **changes: Any) -> str:
+    config = tf.LlamaConfig(
+        **{"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+           "num_attention_heads": 4, "tie_word_embeddings": False, "pad_token_id": 0, **changes},
+        architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def test_a_configuration_alone_is_enough_and_ways_out_fit(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path)
+    whole = esp.plan(folder, "LoRA()", batch=8, length=64, device="cpu")
+    named = esp.plan(f"{folder}/config.json", "LoRA()", batch=8, length=64, device="cpu")
+    assert whole.parts == named.parts
+    rest = whole.parts["weights"] + whole.parts["adapter"] + whole.parts["optimiser"]
+    found = esp.plan(
+        folder, "LoRA()", batch=8, length=64, device="cpu", memory=rest + (whole.needed - rest) // 3
+    )
+    last = found.ways[-1]
+    assert last.fits
+    assert last.plan.setup.batch * last.plan.setup.accumulate == 8  # the same step
+    assert last.plan.needed <= (found.memory or 0) < whole.needed
+    # The next larger batch that keeps the step does not fit.
+    larger = dataclasses.replace(last.plan.setup, batch=2 * last.plan.setup.batch)
+    assert of_step(Rehearsal(larger), larger).needed > (found.memory or 0)
+    assert f"--batch {last.plan.setup.batch}" in fit.command(last.plan.setup)
+
+
+def test_the_command_says_it_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = Command(capsys)
+    words = ["plan", "--model", folder_of(tmp_path), "--method", "lora", "--rank", 4]
+    words += [
+        "--batch",
+        4,
+        "--length",
+        32,
+        "--device",
+        "cpu",
+        "--sites",
+        "attention.q, attention.v",
+    ]
+    said = command(*words, "--memory", "1GB")
+    assert said.code == 0
+    for part in ("weights", "activations", "peak of a step", "TFLOP", "It fits in 1.0 GB"):
+        assert part in said.out
+    told = json.loads(command(*words, "--json").out)
+    assert told["peak"] == sum(told["parts"].values())
+    assert told["trained"] == 2 * 4 * 2 * 2 * 64  # layers × rank × (q, v) × (in + out)
+    said = command(*words, "--memory", "100kB")
+    assert "Nothing that is known here makes it fit" in said.out
+
+
+def test_bad_input_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = Command(capsys)
+    folder = folder_of(tmp_path)
+    command.fails("plan", "--model", tmp_path / "none", saying=["There is no model folder"])
+    command.fails("plan", "--model", folder, "--memory", "lots", saying=["memory", "'lots'"])
+    command.fails("plan", "--model", folder, "--batch", 0, saying=["batch", "at least 1"])
+    command.fails("plan", "--model", folder, "--rang", 4, saying=["no flag --rang", "rank"])
+    command.fails("plan", "--model", folder, "--task", "seq2seq", saying=["llama", "seq2seq"])
+    with pytest.raises(CheckpointError):
+        esp.plan(str(tmp_path / "config.txt"))
+    assert fit.bytes_of("24GB") == 24 * 10**9
+    assert fit.bytes_of("1.5 GiB") == 3 * 2**29
+    assert fit.bytes_of(800) == 800
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> dict[str, Any]:
+    base = tiny.save_model(tmp_path / "bert", tiny.bert(num_labels=2), tiny.tokenizer())
+    data = write_rows(tmp_path / "train.jsonl", tiny.reviews(40))
+    return {
+        "model": base, "train": str(data), "method": "LoRA(rank=2)", "batch": "auto", "epochs": 2,
+        "threads": 1, "quiet": True, "head": ["classifier"], "out": tmp_path / "run",
+    }  # fmt: skip
+
+
+def test_batch_auto_keeps_the_step_and_resumes(
+    run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RunConfig(**run)
+    with pytest.raises(SettingError, match="settled"):
+        config.rows  # noqa: B018
+    roomy = esp.train(config.replace(out=run["out"].with_name("roomy"), steps=1, warmup=0))
+    assert RunConfig.from_yaml((roomy.folder or Path()) / "config.yaml").batch == 16
+
+    model = tiny.bert(num_labels=2)
+    whole = esp.plan(model, "LoRA(rank=2)", batch=16, length=12, device="cpu", head=["classifier"])
+    part = esp.plan(model, "LoRA(rank=2)", batch=4, length=12, device="cpu", head=["classifier"])
+    room = (whole.needed + part.needed) // 2
+    monkeypatch.setattr("espalier.planning.auto.available", lambda *_: room)
+    monkeypatch.setattr("espalier.training.finish.keep", _stopped)
+    with pytest.raises(KeyboardInterrupt):
+        esp.train(config)
+    written = RunConfig.from_yaml(run["out"] / "config.yaml")
+    assert written.rows < 16
+    assert written.rows_per_step == 16
+    monkeypatch.undo()  # there is room for more now, and it goes on as it began
+    result = esp.train(config.replace(resume=True))
+    assert result.steps == 2 * 3  # 36 rows in steps of 16
+
+
+def _stopped(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_batch_auto_says_when_nothing_fits(
+    run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("espalier.planning.auto.available", lambda *_: 1000)
+    with pytest.raises(SettingError, match=r"(?s)no room for one example.*A step takes .*weights"):
+        esp.train(RunConfig(**run))
+    assert not run["out"].exists()
+
+
+def test_out_of_memory_points_to_the_plan(
+    run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("espalier.training.loop.Loop.run", full)
+    with pytest.raises(TrainingError) as caught:
+        esp.train(RunConfig(**run | {"batch": 16}))
+    said = str(caught.value)
+    for part in ("batch: 16", "A step takes", "activations", "espalier plan --model", "--memory"):
+        assert part in said
+    assert "1. batch: " in said
+    monkeypatch.setattr("espalier.planning.auto.of_step", full)
+    with pytest.raises(TrainingError, match=r"(?s)What helps.*1\. batch: 4 with accumulate: 4"):
+        esp.train(RunConfig(**run | {"batch": 16, "overwrite": True}))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("dora", "sparse", "diffpruning", "pile", "ladder")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in table.METHODS
+    ],
+)
+def test_every_recipe_can_be_planned(name: str) -> None:
+    found = esp.plan(zoo.bert(), table.METHODS[name], batch=2, length=8, device="cpu")
+    assert found.peak > found.parts["weights"] > 0
+    assert found.trained > 0
