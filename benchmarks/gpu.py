@@ -226,16 +226,14 @@ def numerics(bench: Bench) -> None:
     }
     columns = ("", "loss: fused, plain", "gradients: fused, plain", "differs from plain", "")
     title = "Numerics: distance to the same step in fp32"
-    for dtype in (torch.bfloat16, torch.float32):
+    both = ("LoRA", "DoRA")
+    for dtype, names in ((torch.bfloat16, tuple(recipes)), (torch.float32, both)):
         for storage in ("", "nf4"):
-            for name, saved in [
-                *((name, False) for name in recipes),
-                ("LoRA", True),
-                ("DoRA", True),
-            ]:
+            saved = [(name, True) for name in both if dtype == torch.bfloat16]
+            for name, checkpointed in [*((name, False) for name in names), *saved]:
                 label = f"{name}, {storage or 'dense'}, {str(dtype).removeprefix('torch.')}"
-                label += ", checkpointed" if saved else ""
-                args = (bench, recipes[name], storage, dtype, saved)
+                label += ", checkpointed" if checkpointed else ""
+                args = (bench, recipes[name], storage, dtype, checkpointed)
                 found = bench.attempt(lambda args=args: compare(*args))
                 row = found if isinstance(found, list) else ["", "", "", found]
                 bench.paper.row(title, columns, (label, *row))
@@ -383,7 +381,8 @@ def cells(size: str, lengths: tuple[int, ...]) -> Iterator[Cell]:
     for length in lengths:
         rows = max(1, SIZES[size].batch // length)
         for storage in ("nf4", "") if size == "8b" else ("", "nf4"):
-            for saved in (True, False) if size == "8b" or length > 2048 else (False, True):
+            both = (True, False) if size == "8b" or length > 2048 else (False, True)
+            for saved in (bool(storage),) if size == "tiny" else both:
                 yield Cell(size, storage, length, saved, rows)
 
 

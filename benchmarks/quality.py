@@ -78,6 +78,7 @@ def run(arguments: argparse.Namespace, data: Path, method: str, lr: float, seed:
         batch=arguments.batch,
         max_length=arguments.max_length,
         limit=arguments.limit,
+        columns=dict(part.split("=", 1) for part in arguments.columns) or None,
         threads=arguments.threads,
         precision=arguments.precision,
         quiet=True,
@@ -138,6 +139,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--limit", type=int)
+    parser.add_argument("--columns", nargs="+", default=[], metavar="PART=COLUMN")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="fp32")
     parser.add_argument("--out", type=Path, default=Path("runs/quality/notes.jsonl"))

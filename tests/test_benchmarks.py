@@ -12,7 +12,19 @@ import pytest
 import torch
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
-NAMES = ("bases", "measure", "counting", "step", "lifecycle", "nf4", "mixed", "gpu", "real_text")
+NAMES = (
+    "bases",
+    "measure",
+    "counting",
+    "step",
+    "lifecycle",
+    "nf4",
+    "mixed",
+    "gpu",
+    "real_text",
+    "loss",
+    "plan",
+)
 
 
 @pytest.fixture
@@ -74,6 +86,17 @@ def test_mixed(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("scripts")
+def test_plan(tmp_path: Path) -> None:
+    out, table = tmp_path / "plan.json", tmp_path / "plan.md"
+    arguments = ["--tiny", "--only", "BERT", "--json", str(out), "--markdown", str(table)]
+    _import("plan").main(arguments)
+    (found,) = json.loads(out.read_text()).values()
+    assert found["measured"] > 0
+    assert 0 < found["predicted"] < found["peak"]
+    assert "| BERT-like, LoRA on the top 2 layers |" in table.read_text()
+
+
+@pytest.mark.usefixtures("scripts")
 def test_lifecycle(tmp_path: Path) -> None:
     out, table = tmp_path / "life.json", tmp_path / "life.md"
     arguments = ["--tiny", "--rounds", "1", "--counts", "1", "2", "--json", str(out)]
@@ -110,11 +133,11 @@ def test_gpu(tmp_path: Path) -> None:
     assert "failed" not in text
     assert "out of" not in text
     assert "WRONG" not in text
-    assert text.count("| right |") == 4 * 7
+    assert text.count("| right |") == 2 * 7 + 2 * 2
     for title in ("Numerics", "Training, Llama-like tiny", "Decoding", "Quantising"):
         assert f"## {title}" in text
     for who in ("ours", "peft, Trainer", "floor"):
-        assert text.count(f"| {who} | 2 |") == 4
+        assert text.count(f"| {who} | 2 |") == 2
 
 
 @pytest.mark.usefixtures("scripts")
@@ -129,7 +152,7 @@ def test_gpu_says_what_did_not_fit_and_stops_in_time(tmp_path: Path) -> None:
     assert bench.attempt(lambda: 1 / 0).startswith("failed: ZeroDivisionError")
     out = tmp_path / "late.md"
     gpu.main(["--device", "cpu", "--size", "tiny", "--minutes", "0", "--out", str(out)])
-    assert out.read_text().count("not run: out of time") == 4 * 7 + 4 * 3 + 5 + 2
+    assert out.read_text().count("not run: out of time") == 18 + 2 * 3 + 5 + 2
 
 
 @pytest.mark.usefixtures("scripts")
@@ -147,3 +170,12 @@ def test_real_text(tmp_path: Path) -> None:
     assert packed["tokens_per_real"] >= 1
     assert packed["over_peft"]["median"] > 0
     assert "| one flat buffer, fused (ours) |" in table.read_text()
+
+
+@pytest.mark.usefixtures("scripts")
+def test_loss(tmp_path: Path) -> None:
+    out = tmp_path / "loss.json"
+    _import("loss").main(["--tiny", "--rounds", "1", "--json", str(out)])
+    found = json.loads(out.read_text())
+    for kind in ("fp32", "bf16"):
+        assert found[kind]["chunks"]["saved"] < found[kind]["whole logits"]["saved"]

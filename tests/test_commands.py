@@ -45,6 +45,18 @@ def test_overview_loads_nothing_heavy() -> None:
     assert all(name in done.stdout for name in COMMANDS)
 
 
+def test_no_commands_help_loads_torch_or_transformers() -> None:
+    code = (
+        "import sys; from espalier.commands import COMMANDS, main\n"
+        "for name in COMMANDS:\n"
+        "    assert not main([name, '--help']), name\n"
+        "    heavy = {'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules)\n"
+        "    assert not heavy, (name, heavy)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_as_a_module_and_with_an_unknown_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "espalier", "trian"], capture_output=True, text=True

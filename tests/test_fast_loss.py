@@ -512,7 +512,8 @@ def test_transformers_trainer_needs_nothing(tmp_path: Any) -> None:
 
     class Watching(tf.Trainer):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            value, outputs = super().compute_loss(model, inputs, True, **kwargs)
+            both: Any = super().compute_loss(model, inputs, True, **kwargs)
+            value, outputs = both
             seen.append(type(outputs.logits))
             return value
 

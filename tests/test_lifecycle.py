@@ -176,6 +176,20 @@ def test_a_best_checkpoint_that_may_not_be_settled_is_refused_at_the_start(tmp_p
     assert told == []
 
 
+def test_a_best_checkpoint_is_refused_also_where_a_resumed_training_has_settled_by_now(
+    tmp_path: Path,
+) -> None:
+    model = tiny.bert(num_labels=2)
+    esp.attach(model, esp.AdaLoRA(), "mine", head=["classifier"])
+    assert esp.Lifecycle(model, 4, done=4).settled
+    run = trainer(model, tmp_path, [AdapterCallback()], max_steps=4)
+    run.args.load_best_model_at_end = True
+    run.state.global_step, run.state.max_steps = 4, 4
+    optimizer = torch.optim.SGD(esp.parameters(model), lr=0.1)
+    with pytest.raises(SettingError, match="an adapter whose ranks or masks are not final"):
+        AdapterCallback().on_train_begin(run.args, run.state, run.control, model, optimizer)
+
+
 def test_training_without_a_lifecycle_is_told_of_once() -> None:
     model, batch = grafted(), zoo.BY_NAME["bert"].batch()
     with pytest.warns(UserWarning, match="nothing drives here"):

@@ -329,11 +329,11 @@ def test_the_trainer_chooses_and_a_resumed_run_keeps_what_was_chosen(
     stopped = config.replace(out=tmp_path / "stopped")
     inner, calls = Loop._step, []
 
-    def counted(loop: Loop, step: list[list[int]]) -> None:
+    def counted(loop: Loop, *given: Any) -> None:
         calls.append(1)
         if len(calls) == 6:
             raise KeyboardInterrupt
-        inner(loop, step)
+        inner(loop, *given)
 
     monkeypatch.setattr(Loop, "_step", counted)
     with pytest.raises(KeyboardInterrupt):

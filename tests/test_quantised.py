@@ -222,6 +222,30 @@ def test_a_base_repacked_for_evaluation_trains_all_the_same() -> None:
     assert all(host.support_avx512bf16_for_cpu for host in hosts_of(model).values())
 
 
+@pytest.mark.skipif(not functional.has_avx512bf16(), reason="only some processors repack")
+def test_evaluation_repacks_nothing_with_adapters_or_without(tmp_path: Path) -> None:
+    model, batch = wide_llama(), {"input_ids": torch.arange(8).view(1, 8)}
+
+    def repacked(one: nn.Module) -> bool:
+        logits(one.eval(), batch)
+        states = [host.weight.quant_state for host in hosts_of(one).values()]
+        assert states
+        return any(getattr(state, "packing_format_for_cpu", False) for state in states)
+
+    esp.quantize(model, "nf4")
+    assert not repacked(model)
+    esp.attach(model, "LoRA(rank=2)", "a")
+    assert not repacked(model)
+    esp.activate(model, None)
+    assert not repacked(model)
+    assert not repacked(copy.deepcopy(model))
+    esp.save(model, "a", tmp_path)
+    esp.detach(model, "a")
+    assert not repacked(model)
+    esp.load(model, tmp_path, "a")
+    assert not repacked(model)
+
+
 def test_what_cannot_be_quantised_says_why() -> None:
     model = BY_NAME["llama"].make()
     with pytest.raises(esp.errors.SettingError, match="nf4, fp4, int8"):

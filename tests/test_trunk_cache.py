@@ -363,10 +363,10 @@ def test_a_resumed_run_equals_one_never_stopped(
     esp.train(RunConfig(**settings, out=tmp_path / "whole"))
     step, out = Loop._step, tmp_path / "stopped"
 
-    def stopping(loop: Loop, micro: Any) -> None:
+    def stopping(loop: Loop, *given: Any) -> None:
         if loop.at.step == 14:
             raise KeyboardInterrupt
-        step(loop, micro)
+        step(loop, *given)
 
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "_step", stopping)

@@ -110,7 +110,7 @@ __all__ = [
     "RunResult", "SPoT", "SerialAdapter", "Site", "Sites", "Tensors", "Trained", "account",
     "activate", "active", "attach", "average_gradients", "calibrate", "dead_sites",
     "deferred_logits", "dequantize", "detach", "errors", "fit", "freeze", "gates", "groups",
-    "in_context", "intrinsic_dimension", "load", "merge", "parameters", "plan",
+    "in_context", "intrinsic_dimension", "load", "merge", "parameters", "plain_paths", "plan",
     "prefix_from_text", "prompt_similarity", "quantize", "rank_prompts", "ranks", "read_card",
     "read_prompt", "recipe", "rows", "save", "shard", "sites", "skip_layers", "thaw", "to_plain",
     "train", "unmerge", "write_merged",

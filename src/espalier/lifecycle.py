@@ -54,6 +54,11 @@ class Lifecycle:
         """Whether the adapters as they stand may be kept as the result."""
         return all(regime.settled for regime in self.regimes)
 
+    @property
+    def settles(self) -> bool:
+        """Whether it takes training until the adapters are fit to be kept, done by now or not."""
+        return any(type(regime).settled is not Regime.settled for regime in self.regimes)
+
     def report(self) -> dict[str, list[list[Any]]]:
         """What there is to tell of each place: by name, lists of stack, layer, role and number."""
         found: dict[str, list[list[Any]]] = {}

@@ -51,7 +51,9 @@ def rows(model: nn.Module, choices: Sequence[Choice]) -> Iterator[None]:
             f"['mail', None], not {choices!r}"
         )
     graft = find(model)
-    lives = [resolve(model, choice) for choice in choices]
+    known = {repr(choice): choice for choice in choices}  # each is checked once
+    found = {key: resolve(model, choice) for key, choice in known.items()}
+    lives = [found[repr(choice)] for choice in choices]
     if len(set(lives)) > 1:
         _check(unwrap(model), graft, list(dict.fromkeys(lives)))
     before, taken = graft.live, []

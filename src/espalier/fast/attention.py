@@ -76,7 +76,9 @@ def in_training(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, given: Mapping[str, Any]
 ) -> Tensor | None:
     """What transformers' sdpa attention would give, (B, T, h, d); None where it had better."""
-    if not enabled() or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not enabled() or torch.compiler.is_compiling():
+        return None
+    if not (torch.is_grad_enabled() or module.training):  # reentrant checkpoints start without
         return None
     given = {name: value for name, value in given.items() if value is not None}
     odd = any(value is not False and name not in _KNOWN for name, value in given.items())

@@ -137,9 +137,9 @@ def fits(
     return type(x) is Tensor and x.device == here and not torch.is_autocast_enabled(kind)
 
 
-def computed_in(x: Tensor, words: int) -> torch.dtype:
-    """The type in which products are computed."""
-    return torch.float32 if words <= FEW and x.device.type == "cpu" else x.dtype
+def computed_in(x: Tensor, words: int, few: int = FEW) -> torch.dtype:
+    """The type in which products with so many words are computed."""
+    return torch.float32 if words <= few and x.device.type == "cpu" else x.dtype
 
 
 def product(delta: Delta) -> Product:

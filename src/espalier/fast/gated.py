@@ -86,8 +86,9 @@ def act_of(module: nn.Module, names: tuple[str, str, str]) -> str | None:
 
     Its forward is tried on a shallow copy with small new linears in their places.
     """
-    like = {"dtype": torch.float32, "device": "cpu"}
-    made = [nn.Linear(*sizes, bias=False, **like) for sizes in ((3, 5), (3, 5), (5, 2))]
+    like = {"bias": False, "dtype": torch.float32, "device": "cpu"}
+    # Drawing random weights would change every random number after.
+    made = [nn.utils.skip_init(nn.Linear, *shape, **like) for shape in ((3, 5), (3, 5), (5, 2))]
     twin = copy(module)
     twin.__dict__ = {k: v for k, v in module.__dict__.items() if k != "forward"}
     twin._modules = {**module._modules, **dict(zip(names, made, strict=True))}

@@ -74,9 +74,7 @@ Quick = QuickNorm | QuickFeed | QuickAttention
 
 def taken(quick: Quick, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a quick stand-in gives for this call; None where the host's own forward is to run."""
-    if not host.training or not torch.is_grad_enabled():
-        return None
-    if not enabled() or torch.compiler.is_compiling():
+    if not host.training or not enabled() or torch.compiler.is_compiling():
         return None
     x = args[0] if args else next(iter(kwargs.values()), None)
     if not isinstance(x, Tensor) or torch.is_autocast_enabled(x.device.type):

@@ -20,7 +20,9 @@ Live = list[tuple[Delta, float]]
 
 def takes(seat: Seat, live: Live, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether this call is a frozen linear with nothing but products beside it, in training."""
-    if len(args) != 1 or kwargs or not enabled() or not torch.is_grad_enabled():
+    if len(args) != 1 or kwargs or not enabled():
+        return False
+    if not (torch.is_grad_enabled() or seat.host.training):  # reentrant checkpoints start without
         return False
     if torch.compiler.is_compiling() or seat.inner is not None or seat.scaled:
         return False

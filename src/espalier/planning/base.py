@@ -87,7 +87,7 @@ def shaped(model: nn.Module, dtype: torch.dtype, storage: Storage | None) -> nn.
 
 
 def _packed(module: nn.Module, storage: Storage, compute: torch.dtype) -> nn.Module:
-    """The module of bitsandbytes in place of a Linear or Conv1D, its codes and scales without memory."""
+    """The module of bitsandbytes in place of a Linear or Conv1D, without memory for its codes."""
     bnb = library(f"a base in {storage}")
     weight, bias = hosts.parameter(module, "weight"), module._parameters.get("bias")
     n_out, n_in = weight.shape if type(module) is nn.Linear else weight.shape[::-1]
@@ -96,13 +96,13 @@ def _packed(module: nn.Module, storage: Storage, compute: torch.dtype) -> nn.Mod
             made = bnb.nn.Linear8bitLt(n_in, n_out, bias is not None, has_fp16_weights=False)
             codes, scales = torch.empty(n_out, n_in, dtype=torch.int8), torch.empty(n_out)
             made.weight = nn.Parameter(codes, requires_grad=False)
-            made.weight.CB = made.weight.SCB = None
+            vars(made.weight).update(CB=None, SCB=None)
             made.state.CB, made.state.SCB = codes, scales
         else:
             made = bnb.nn.Linear4bit(n_in, n_out, bias is not None, compute_dtype=compute)
             codes = torch.empty(-(-n_out * n_in // 2), 1, dtype=torch.uint8)
             made.weight = nn.Parameter(codes, requires_grad=False)
-            made.weight.quant_state = _state(n_out, n_in, storage, compute)
+            vars(made.weight)["quant_state"] = _state(n_out, n_in, storage, compute)
     made.bias = bias
     made.source_cls = type(module)
     return made

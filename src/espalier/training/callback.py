@@ -22,8 +22,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from espalier.checkpoint import save
 from espalier.errors import SettingError, TrainingError
 from espalier.lifecycle import Lifecycle
-from espalier.training.folders import AS_TRAINED
-from espalier.verbs import dead_sites, has_plain, only_active, to_plain
+from espalier.training.finish import settle
+from espalier.verbs import dead_sites, only_active
 
 
 class AdapterCallback(TrainerCallback):
@@ -58,7 +58,7 @@ class AdapterCallback(TrainerCallback):
         if model is None or optimizer is None:
             return
         self._life = Lifecycle(model, state.max_steps, state.global_step)
-        if args.load_best_model_at_end and not self._life.settled:
+        if args.load_best_model_at_end and self._life.settles:
             raise SettingError(
                 "load_best_model_at_end may bring back an adapter whose ranks or masks are not "
                 "final: its method settles them in the course of training. Leave it out, and what "
@@ -109,14 +109,10 @@ class AdapterCallback(TrainerCallback):
             self._life.leave()
         folder = Path(str(args.output_dir))
         name = self.name or only_active(model)
-        if has_plain(model, name):
-            self._save(model, folder, state, AS_TRAINED)
-            to_plain(model, name)
+        settle(model, name, folder if state.is_world_process_zero else None, self.extras)
         self._save(model, folder, state)
 
-    def _save(
-        self, model: nn.Module | None, folder: Path, state: TrainerState, into: str = "adapter"
-    ) -> None:
+    def _save(self, model: nn.Module | None, folder: Path, state: TrainerState) -> None:
         if model is not None and state.is_world_process_zero:
             name = self.name or only_active(model)
-            save(model, name, folder / into, extras=self.extras)
+            save(model, name, folder / "adapter", extras=self.extras)

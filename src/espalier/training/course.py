@@ -98,7 +98,7 @@ def _train(at: Material, name: str, parts: Recipe) -> RunResult:
                 trunk.fill()
             randomness.seed_all(config.seed + at.out.accelerator.process_index)
             loop.run()
-        if finish.settle(at, name):  # what training settled counts now
+        if finish.settle(at.model, name, at.out.main_folder):  # what training settled counts now
             served = dataclasses.asdict(account(model, name))
             counted |= {key: served[key] for key in ("changed", "rank", "kept", "bytes")}
         metrics = finish.measure(at, loop)

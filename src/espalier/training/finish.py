@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from espalier.checkpoint import load, open_saved, save
 from espalier.container import write_text
@@ -28,16 +28,18 @@ Metrics = dict[str, dict[str, float]]
 WRITTEN = 200  # rows at most that answers are generated for
 
 
-def settle(at: Material, name: str) -> bool:
-    """Turn the adapter into the plain form that serves; the form that trained is kept beside it.
+def settle(
+    model: nn.Module, name: str, folder: Path | None, extras: Mapping[str, Any] | None = None
+) -> bool:
+    """Turn an adapter into the plain form that serves; the form that trained is kept in `folder`.
 
     False where it is plain already.
     """
-    if not has_plain(at.model, name):
+    if not has_plain(model, name):
         return False
-    if at.out.main_folder:
-        save(at.model, name, at.out.main_folder / AS_TRAINED)
-    return to_plain(at.model, name)
+    if folder is not None:
+        save(model, name, folder / AS_TRAINED, extras=extras)
+    return to_plain(model, name)
 
 
 def measure(at: Material, loop: Loop) -> Metrics:

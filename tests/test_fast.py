@@ -1,0 +1,319 @@
+"""Fast paths of training: the same values and gradients as the plain ones, for less."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import espalier as esp
+from espalier.fast.attention import batched
+from espalier.fast.drop import Drop
+from espalier.fast.gated import act_of, gated
+from espalier.fast.linear import Readers, Term, with_products
+from espalier.fast.norm import norm_law, rms_norm
+from espalier.fast.rotary import rotating_twin
+from zoo import BY_NAME
+
+RECIPES = (
+    "LoRA(rank=4)",
+    "LoRA(rank=4, rslora=True, bias='lora_only')",
+    "LoRA(rank=4, freeze_a=True)",
+    "LoRA(rank=4, init='pissa')",
+    "LoRA(rank=4, dora=True)",
+    "AdaLoRA(rank=4, target=2)",
+    "LoRA(rank=4) + IA3() + PartialTuning(sites='norm')",
+    "LoRA(rank=2) + LoRA(rank=3, sites='attention.q')",
+    "SerialAdapter(bottleneck=4)",
+    "PTuningV2(length=3)",
+)
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """The model with trained numbers that are not those of a fresh adapter."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in esp.parameters(model):
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def gradients(model: nn.Module, data: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+    """Loss and gradients of one step, with the same dropout each time."""
+    model.zero_grad()
+    torch.manual_seed(5)
+    loss = model(**data).loss
+    loss.backward()
+    return loss.detach(), [p.grad.clone() for p in esp.parameters(model) if p.grad is not None]
+
+
+def both(model: nn.Module, data: dict[str, Any]) -> tuple[Any, Any]:
+    """Loss and gradients by the fast paths and by the plain ones."""
+    fast = gradients(model, data)
+    with esp.plain_paths():
+        return fast, gradients(model, data)
+
+
+def agree(fast: Any, plain: Any, bound: float) -> None:
+    """Loss and every gradient agree relative to the largest number in each."""
+    assert fast[0].item() == pytest.approx(plain[0].item(), rel=bound)
+    assert len(fast[1]) == len(plain[1]) > 0
+    for ours, theirs in zip(fast[1], plain[1], strict=True):
+        assert (ours - theirs).abs().max() <= bound * theirs.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore:.*follows a schedule")
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
+def test_fast_paths_give_the_losses_and_gradients_of_the_plain_ones(
+    family: str, recipe: str
+) -> None:
+    model = BY_NAME[family].make().train()
+    esp.attach(model, recipe)
+    agree(*both(shaken(model), BY_NAME[family].batch()), 5e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_under_checkpointing_too(family: str, reentrant: bool) -> None:
+    model = BY_NAME[family].make().train()
+    esp.attach(model, "LoRA(rank=4, dropout=0.3)")
+    shaken(model)
+    whole = gradients(model, BY_NAME[family].batch())
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    agree(gradients(model, BY_NAME[family].batch()), whole, 1e-6)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_over_a_bf16_base_they_are_as_near_to_the_truth_as_the_plain_ones(family: str) -> None:
+    model, data = BY_NAME[family].make().to(torch.bfloat16).train(), BY_NAME[family].batch()
+    esp.attach(model, "LoRA(rank=4)")
+    fast, plain = both(shaken(model), data)
+    with esp.plain_paths():
+        truth = gradients(model.float(), data)
+
+    def error(found: Any) -> float:
+        pairs = zip(found[1], truth[1], strict=True)
+        return sum(((a - b).norm() / b.norm()).item() for a, b in pairs)
+
+    assert error(fast) < 1.5 * error(plain) < 0.5
+
+
+def test_evaluation_takes_the_plain_paths() -> None:
+    model = BY_NAME["llama"].make().eval()
+    before = model(**BY_NAME["llama"].batch()).logits
+    esp.attach(model, "LoRA(rank=4)")
+    gradients(model.train(), BY_NAME["llama"].batch())  # stands everything in
+    assert torch.equal(model.eval()(**BY_NAME["llama"].batch()).logits, before)
+
+
+def test_detaching_takes_every_stand_in_away() -> None:
+    model = BY_NAME["llama"].make().to(torch.bfloat16).train()
+    before = {path: set(module.__dict__) for path, module in model.named_modules()}
+    esp.attach(model, "LoRA(rank=4)")
+    gradients(model, BY_NAME["llama"].batch())
+    assert "forward" in model.model.norm.__dict__
+    esp.detach(model, "default")
+    assert {path: set(module.__dict__) for path, module in model.named_modules()} == before
+
+
+def saved_bytes(model: nn.Module, data: dict[str, Any]) -> int:
+    """What autograd keeps between forward and backward, parameters left out."""
+    known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**data).loss.backward()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 0.75), (torch.bfloat16, 0.6)])
+def test_less_is_kept_for_backward(dtype: torch.dtype, share: float) -> None:
+    model = BY_NAME["llama"].make().to(dtype).train()
+    esp.attach(model, "LoRA(rank=2)")
+    data = BY_NAME["llama"].batch()
+    gradients(model, data)
+    with esp.plain_paths():
+        plain = saved_bytes(model, data)
+    assert saved_bytes(model, data) < share * plain
+
+
+# -- one function at a time ------------------------------------------------------------------
+
+
+def graded(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """Output and gradients for a fixed gradient of the output."""
+    fresh = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
+    out = function(*fresh)
+    back = torch.sin(torch.arange(out.numel(), dtype=out.dtype)).view_as(out)
+    return [out, *torch.autograd.grad(out, [x for x in fresh if x.requires_grad], back)]
+
+
+def equal(ours: list[Tensor], theirs: list[Tensor], tolerance: float = 1e-9) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def numbers(*shape: int, grad: bool = True) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64).requires_grad_(grad)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_a_linear_with_two_products_is_its_formula(share: float) -> None:
+    torch.manual_seed(0)
+    drop, readers = Drop(), Readers()
+    x, w, c = numbers(2, 5, 6), numbers(7, 6, grad=False), numbers(7)
+    a, b, a2, b2 = numbers(3, 6), numbers(7, 3), numbers(2, 6, grad=False), numbers(4, 2)
+
+    def ours(x: Tensor, c: Tensor, a: Tensor, b: Tensor, b2: Tensor) -> Tensor:
+        terms = [Term(a, b, 0.5, share, 9, slice(None)), Term(a2, b2, 2.0, 0.0, 0, slice(1, 5))]
+        return with_products(x, w, c, terms, drop, readers)
+
+    def theirs(x: Tensor, c: Tensor, a: Tensor, b: Tensor, b2: Tensor) -> Tensor:
+        mask = drop(torch.ones(10, 6, dtype=torch.float64), share, 9).view(2, 5, 6)
+        y = F.linear(x, w, c) + 0.5 * (x * mask) @ a.T @ b.T
+        return y + F.pad(2.0 * x @ a2.T @ b2.T, (1, 2))
+
+    inputs = [x, c, a, b, b2]
+    equal(graded(ours, inputs), graded(theirs, inputs))
+
+
+def test_linears_that_read_one_tensor_add_up_its_gradient() -> None:
+    torch.manual_seed(0)
+    drop, readers = Drop(), Readers()
+    x, b = numbers(4, 6), numbers(6, 2)
+    weights = [numbers(6, 6, grad=False) for _ in range(3)]
+    a = numbers(2, 6)
+
+    def ours(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        terms = [Term(a, b, 1.0, 0.0, 0, slice(None))]
+        return x + sum(with_products(x, w, None, terms, drop, readers) for w in weights)
+
+    def theirs(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return x + sum(x @ w.T + x @ a.T @ b.T for w in weights)
+
+    equal(graded(ours, [x, a, b]), graded(theirs, [x, a, b]))
+
+
+def test_dropout_keeps_its_share_and_its_scale_and_repeats_itself() -> None:
+    drop, x = Drop(), torch.ones(300, 401)
+    once = drop(x, 0.3, 11)
+    drop.rest()
+    assert torch.equal(once, drop(x, 0.3, 11))
+    assert not torch.equal(once, drop(x, 0.3, 12))
+    assert (once == 0).double().mean().item() == pytest.approx(0.3, abs=0.01)
+    assert once.max().item() == pytest.approx(1 / 0.7, rel=1e-4)
+    torch.testing.assert_close(drop(x.bfloat16(), 0.3, 11) == 0, once == 0)
+    columns = (once == 0).double().mean(0)  # four decisions of one draw are independent
+    assert columns.std().item() == pytest.approx((0.3 * 0.7 / 300) ** 0.5, rel=0.2)
+
+
+def test_one_input_has_one_mask_and_each_pass_its_own() -> None:
+    drop, x = Drop(), torch.ones(3, 4)
+    first = drop.seed(x, "q")
+    assert drop.seed(x, "k") == first
+    assert drop.seed(x, "q") != first
+    assert drop.seed(torch.ones(3, 4), "k") != first
+
+
+class Norm(nn.Module):
+    """A norm that centres, as root mean square norms do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8))
+        self.eps = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (8,), self.weight, None, self.eps)
+
+
+def test_only_what_computes_a_root_mean_square_norm_is_taken_for_one() -> None:
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    x = torch.randn(5, 8)
+    assert norm_law(Norm(), x) is None
+    assert norm_law(nn.LayerNorm(8), x) is None
+    for kind, offset in ((LlamaRMSNorm, 0.0), (GemmaRMSNorm, 1.0)):
+        module = kind(8, eps=1e-3)
+        nn.init.normal_(module.weight)
+        law = norm_law(module, x)
+        assert law is not None and (law.eps, law.offset) == (1e-3, offset)
+        weight = module.weight.detach()
+        ours = graded(lambda x: rms_norm(x, weight, law), [x.requires_grad_()])  # noqa: B023
+        equal(ours, graded(module, [x]), 1e-6)
+
+
+class Odd(nn.Module):
+    """Not quite a gated feed-forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(F.silu(self.a(x)) * self.b(x)) + 1e-3 * x
+
+
+def test_only_a_gated_feed_forward_is_taken_for_one() -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    names = ("gate_proj", "up_proj", "down_proj")
+    config = BY_NAME["llama"].make().config
+    assert act_of(LlamaMLP(config), names) == "silu"
+    config.hidden_act = "gelu_pytorch_tanh"
+    assert act_of(LlamaMLP(config), names) == "gelu_tanh"
+    assert act_of(LlamaMLP(config), (names[1], names[0], names[2])) is None
+    assert act_of(Odd(), ("a", "b", "c")) is None
+
+
+@pytest.mark.parametrize(
+    ("act", "plain"), [("silu", F.silu), ("gelu", F.gelu), ("relu", F.relu)]
+)
+def test_the_gated_product_is_its_formula(act: str, plain: Callable[[Tensor], Tensor]) -> None:
+    inputs = [numbers(3, 5), numbers(3, 5)]
+    equal(graded(lambda g, u: gated(g, u, act), inputs), graded(lambda g, u: plain(g) * u, inputs))
+
+
+def test_only_a_rotation_of_halves_is_replaced() -> None:
+    from transformers.models.glm.modeling_glm import GlmAttention
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    assert rotating_twin(LlamaAttention) is not None
+    assert rotating_twin(GlmAttention) is None  # it rotates neighbours
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("masked", [None, "bool", "added"])
+@pytest.mark.parametrize("length", [5, 300])  # one block of queries, and two
+def test_attention_as_batched_products(causal: bool, masked: str | None, length: int) -> None:
+    if causal and masked:
+        pytest.skip("a mask says itself what is later")
+    torch.manual_seed(0)
+    q, k, v = numbers(2, 4, length, 8), numbers(2, 2, length, 8), numbers(2, 2, length, 8)
+    mask = None
+    if masked:
+        mask = torch.rand(2, 1, length, length) > 0.3
+        mask[..., 0] = True
+        if masked == "added":
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -1e9)
+
+    def theirs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal, scale=0.3, enable_gqa=True
+        )
+        return out.transpose(1, 2)
+
+    ours = graded(lambda q, k, v: batched(q, k, v, mask, 0.3, causal), [q, k, v])
+    equal(ours, graded(theirs, [q, k, v]))
