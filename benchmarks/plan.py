@@ -114,7 +114,7 @@ def step_memory(case: Case, folder: str) -> int:
     batch = _batch(task.name, case, settings.vocab_size)
     model.train()
     gc.collect()
-    _give_back()
+    give_back()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     with checkpointed(model, case.settings.get("checkpointing", False)):
@@ -129,7 +129,8 @@ def step_memory(case: Case, folder: str) -> int:
     return resident("VmHWM") - before
 
 
-def _give_back() -> None:
+def give_back() -> None:
+    """Hand freed memory back to the system."""
     import ctypes
 
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

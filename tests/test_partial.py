@@ -329,11 +329,11 @@ def test_the_trainer_chooses_and_a_resumed_run_keeps_what_was_chosen(
     stopped = config.replace(out=tmp_path / "stopped")
     inner, calls = Loop._step, []
 
-    def counted(loop: Loop, *given: Any) -> None:
+    def counted(loop: Loop, *given: object) -> None:
         calls.append(1)
         if len(calls) == 6:
             raise KeyboardInterrupt
-        inner(loop, *given)
+        inner(loop, *given)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Loop, "_step", counted)
     with pytest.raises(KeyboardInterrupt):

@@ -121,8 +121,7 @@ class Adapter(nn.Module):
                         init(slot.of(flat.data))
         for spec in specs.values():
             spec.init = None  # it may hold on to the base's tensors
-        if fresh:
-            self.sync()  # else once it is filled
+        # Its views are made by `sync`, which whoever builds it calls, once it is filled.
 
     def _lay_out(self, deltas: Iterable[tuple[str, Delta]]) -> dict[str, Trained]:
         known: dict[int, Slot] = {}

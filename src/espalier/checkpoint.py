@@ -208,7 +208,7 @@ def _rebuild(
     dtypes = {e.dtype for e in opened.entries.values() if e.dtype.is_floating_point}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     head = card["head"] or False
-    graft, adapter = prepare(model, recipe, name, head=head, dtype=dtype, fresh=False)
+    graft, adapter = prepare(model, recipe, name, head=head, dtype=dtype, fresh=False, views=False)
     _compare(adapter, opened, card)
     for kind, flat in adapter.runs.items():
         slots = adapter.slots[kind]

@@ -284,7 +284,9 @@ class Graft(nn.Module):
                 self.adapters[name].cast(own.dtype)
 
     def after(self, module: nn.Module, args: object, output: object) -> None:
-        """Runs after the forward of the model: what was cast for it goes."""
+        """Runs after the forward of the model: what was cast or kept for it goes."""
+        self.readers.rest()
+        self.drop.rest()
         for adapter in self.adapters.values():
             adapter.cast(None)
 

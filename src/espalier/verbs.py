@@ -59,10 +59,12 @@ def prepare(
     head: Head,
     dtype: torch.dtype,
     fresh: bool = True,
+    views: bool = True,
 ) -> tuple[Graft, Adapter]:
     """An adapter built for a model and the graft to install it with; the model is untouched.
 
-    With `fresh` its numbers start as the methods say, else as zeros that the caller fills.
+    With `fresh` its numbers start as the methods say, else as zeros that the caller fills. Without
+    `views` its deltas get theirs when it is installed only: who fills the buffers needs none.
     """
     model = unwrap(model)
     graft = model._modules.get(CHILD)
@@ -71,7 +73,10 @@ def prepare(
     _check_free(graft, name)
     deltas, paths = deltas_of(model, graft.places, parts, head)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return graft, Adapter(name, parts, deltas, paths, device, dtype, fresh)
+    adapter = Adapter(name, parts, deltas, paths, device, dtype, fresh)
+    if views:
+        adapter.sync()
+    return graft, adapter
 
 
 def install(model: nn.Module, graft: Graft, adapter: Adapter) -> None:

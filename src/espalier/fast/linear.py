@@ -38,17 +38,14 @@ class Term(NamedTuple):
     columns: slice
 
 
-class Reader:
-    """One tensor that several linears read, and the gradient that they add up in place.
+class Shared:
+    """What linears that read one tensor have in common in backward: they add its gradient up in
+    place, and a tensor that was made from others is made again once for all of them."""
 
-    What was made from other tensors is made again once for all of them.
-    """
-
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self) -> None:
         self.grad: Tensor | None = None
         self.left = 0  # linears whose backward is to come
         self._made: Tensor | None = None
-        self.x: Tensor = _Read.apply(x, self) if x.requires_grad else x  # type: ignore[assignment]
 
     def again(self, how: Again | None, held: Sequence[Tensor]) -> Tensor:
         """The tensor (N, D_in) from what was held of it."""
@@ -61,29 +58,29 @@ class Reader:
 
 
 class _Read(torch.autograd.Function):
-    """x → x, whose gradient comes from its reader once all linears have added theirs."""
+    """x → x, whose gradient is what all linears that read it have added up."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, reader: Reader) -> Tensor:
+    def forward(ctx: Any, x: Tensor, shared: Shared) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.reader = reader
+        ctx.shared = shared
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, None]:  # type: ignore[override]
-        reader: Reader = ctx.reader
-        added, reader.grad = reader.grad, None
+        shared: Shared = ctx.shared
+        added, shared.grad = shared.grad, None
         if g is None or added is None:
             return added if g is None else g, None
         return added + g, None
 
 
 class Readers:
-    """The reader of the latest tensor."""
+    """The tensor that was read last, for the next linear that reads it."""
 
     def __init__(self) -> None:
         self._of: weakref.ref[Tensor] | None = None
-        self._reader: weakref.ref[Reader] | None = None
+        self._latest: tuple[Tensor, Shared] | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> Readers:
         return Readers()
@@ -91,13 +88,17 @@ class Readers:
     def __reduce__(self) -> tuple[type[Readers], tuple[()]]:
         return Readers, ()
 
-    def of(self, x: Tensor) -> Reader:
-        """X's reader, which lives as long as a linear that read x does."""
-        reader = self._reader() if self._reader is not None else None
-        if reader is None or self._of is None or self._of() is not x:
-            reader = Reader(x)
-            self._of, self._reader = weakref.ref(x), weakref.ref(reader)
-        return reader
+    def of(self, x: Tensor) -> tuple[Tensor, Shared]:
+        """X as its linears read it, and what they share."""
+        if self._latest is None or self._of is None or self._of() is not x:
+            shared = Shared()  # holds no tensor that leads to it, or it would outlive the step
+            read: Tensor = _Read.apply(x, shared) if x.requires_grad else x  # type: ignore[assignment]
+            self._of, self._latest = weakref.ref(x), (read, shared)
+        return self._latest
+
+    def rest(self) -> None:
+        """Forget it."""
+        self._of = self._latest = None
 
 
 @dataclass(slots=True)
@@ -106,7 +107,7 @@ class _Plan:
 
     unpack: Callable[[], Tensor] | None
     drop: Drop
-    reader: Reader
+    shared: Shared
     again: Again | None
     terms: list[tuple[float, float, int, slice]]
     shape: torch.Size
@@ -136,7 +137,7 @@ class _Linear(torch.autograd.Function):
         ctx.plan = plan
         reads_x = any(ctx.needs_input_grad[5::2])  # an A that stays as it is needs x Aᵀ alone
         held = (parts or (x,)) if reads_x else ()
-        plan.reader.left += bool(held)
+        plan.shared.left += bool(held)
         ctx.counts = len(factors), len(lows)
         ctx.save_for_backward(weight, *factors, *lows, *held)
         return y.view(*x.shape[:-1], -1)
@@ -154,8 +155,8 @@ class _Linear(torch.autograd.Function):
         g = g.reshape(-1, g.shape[-1])
         x = None
         if held:
-            plan.reader.left -= 1
-            x = plan.reader.again(plan.again, held)
+            plan.shared.left -= 1
+            x = plan.shared.again(plan.again, held)
         dx = _through(plan, g, weight) if needs_x else None
         grads: list[Tensor | None] = []
         for index, (a, b, (scale, share, seed, columns)) in enumerate(_each(factors, plan)):
@@ -196,21 +197,21 @@ def with_products(
     """
     held = None if callable(weight) else weight
     unpack = weight if callable(weight) else None
-    source, reader = made(x), readers.of(x)
+    source, (read, shared) = made(x), readers.of(x)
     again, parts = (source.again, source.parts) if source else (None, ())
-    plan = _Plan(unpack, drop, reader, again, [term[2:] for term in terms], x.shape)
+    plan = _Plan(unpack, drop, shared, again, [term[2:] for term in terms], x.shape)
     factors = [factor for term in terms for factor in term[:2]]
-    return _Linear.apply(reader.x, held, bias, parts, plan, *factors)  # type: ignore[return-value]
+    return _Linear.apply(read, held, bias, parts, plan, *factors)  # type: ignore[return-value]
 
 
 def _through(plan: _Plan, g: Tensor, weight: Tensor | None) -> Tensor:
-    """The gradient (N, D_in) of x with this layer's part, in the reader's tensor itself."""
+    """The gradient (N, D_in) of x with this layer's part, in the shared tensor itself."""
     weight = plan.unpack() if weight is None else weight  # type: ignore[misc]
-    reader = plan.reader
-    if reader.grad is None:
-        reader.grad = (g @ weight).view(plan.shape)
-        return reader.grad.view(-1, plan.shape[-1])
-    return reader.grad.view(-1, plan.shape[-1]).addmm_(g, weight)
+    shared = plan.shared
+    if shared.grad is None:
+        shared.grad = (g @ weight).view(plan.shape)
+        return shared.grad.view(-1, plan.shape[-1])
+    return shared.grad.view(-1, plan.shape[-1]).addmm_(g, weight)
 
 
 def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
