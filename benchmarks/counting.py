@@ -65,7 +65,9 @@ class _Counter(TorchDispatchMode):
         self.counts.kernels += 1
         if packet in GEMMS:
             self.counts.gemms += 1
-            self.counts.flops += flop_registry[_PLAIN.get(packet, packet)](*args, **kwargs, out_val=out)
+            self.counts.flops += flop_registry[_PLAIN.get(packet, packet)](
+                *args, **kwargs, out_val=out
+            )
             return out
         written = _bytes(_tensors(out) or _changed(func, args, kwargs))
         if packet in _PICKS:

@@ -82,7 +82,8 @@ def predicted(case: Case, folder: str) -> dict[str, Any]:
     """The plan's numbers."""
     import espalier as esp
 
-    given = {"batch": case.batch, "length": case.length, "keep": "last", **case.settings}
+    given = {"batch": case.batch, "length": case.length, "keep": "last", "precision": "fp32"}
+    given |= case.settings
     return esp.plan(folder, case.method, device="cpu", **given).to_json()
 
 

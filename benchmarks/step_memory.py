@@ -32,7 +32,10 @@ ENTRIES: dict[str, step.Entry] = {
     "our LoRA, plain paths": LORA["our LoRA, plain paths"],
     **{name: entry for name, entry in SETTINGS.items() if name.endswith("checkpointing")},
     **{name: SETTINGS[name] for name in ("peft DoRA", "our DoRA", "peft q, v", "our q, v")},
-    "our top 2 layers": (functools.partial(step._ours, "LoRA(sites='all-linear@last2')"), step.PEFT),
+    "our top 2 layers": (
+        functools.partial(step._ours, "LoRA(sites='all-linear@last2')"),
+        step.PEFT,
+    ),
 }
 
 

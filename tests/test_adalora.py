@@ -511,11 +511,11 @@ def test_stopped_and_resumed_equals_never_stopped(
 ) -> None:
     inner, calls = loop.Loop._step, []
 
-    def stopped(self: loop.Loop, step: list[list[int]]) -> None:
+    def stopped(self: loop.Loop, *given: Any) -> None:
         calls.append(1)
         if len(calls) == stop:
             raise KeyboardInterrupt
-        inner(self, step)
+        inner(self, *given)
 
     monkeypatch.setattr(loop.Loop, "_step", stopped)
     with pytest.raises(KeyboardInterrupt):

@@ -485,11 +485,11 @@ def test_a_run_resumed_in_either_stage_ends_as_if_never_stopped(
 ) -> None:
     inner, calls = Loop._step, []
 
-    def counted(loop: Loop, step: list[list[int]]) -> None:
+    def counted(loop: Loop, *given: Any) -> None:
         calls.append(1)
         if len(calls) == stopped_at:
             raise KeyboardInterrupt
-        inner(loop, step)
+        inner(loop, *given)
 
     config = whole.replace(out=tmp_path / "run")
     monkeypatch.setattr(Loop, "_step", counted)

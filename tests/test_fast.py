@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import espalier as esp
-from espalier.fast.attention import batched
+from espalier.fast.attention import batched, in_training
 from espalier.fast.drop import Drop
 from espalier.fast.gated import act_of, gated
 from espalier.fast.linear import Readers, Term, with_products
-from espalier.fast.norm import norm_law, rms_norm
+from espalier.fast.norm import Law, norm_law, rms_norm
+from espalier.fast.quick import QuickFeed
 from espalier.fast.rotary import rotating_twin
 from zoo import BY_NAME
 
@@ -218,6 +219,10 @@ def test_dropout_keeps_its_share_and_its_scale_and_repeats_itself() -> None:
     assert columns.std().item() == pytest.approx((0.3 * 0.7 / 300) ** 0.5, rel=0.2)
 
 
+def test_dropout_of_nearly_all_leaves_numbers() -> None:
+    assert Drop()(torch.ones(64, 64), 0.99999, 11).isfinite().all()
+
+
 def test_one_input_has_one_mask_and_each_pass_its_own() -> None:
     drop, x = Drop(), torch.ones(3, 4)
     first = drop.seed(x, "q")
@@ -249,10 +254,41 @@ def test_only_what_computes_a_root_mean_square_norm_is_taken_for_one() -> None:
         module = kind(8, eps=1e-3)
         nn.init.normal_(module.weight)
         law = norm_law(module, x)
-        assert law is not None and (law.eps, law.offset) == (1e-3, offset)
+        assert law is not None
+        assert (law.eps, law.offset) == (1e-3, offset)
         weight = module.weight.detach()
         ours = graded(lambda x: rms_norm(x, weight, law), [x.requires_grad_()])  # noqa: B023
         equal(ours, graded(module, [x]), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_norm_computes_does_not_depend_on_what_it_is_given_first(dtype: torch.dtype) -> None:
+    from transformers.models.cohere.modeling_cohere import CohereLayerNorm
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+
+    centred = CohereLayerNorm(1024).to(dtype)
+    assert norm_law(centred, torch.randn(2, 1024).to(dtype)) is None  # all but centred
+    law = norm_law(GemmaRMSNorm(16).to(dtype), torch.zeros(3, 16, dtype=dtype))
+    assert law is not None
+    assert law.offset == 1
+
+
+def test_what_was_made_and_then_written_to_is_kept_as_it_is() -> None:
+    torch.manual_seed(0)
+    w, out = torch.rand(6), numbers(7, 6, grad=False).float()
+    law = Law(1e-6, 0.0, False)
+
+    def ours(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        normed = rms_norm(x, w, law).mul_(2)
+        terms = [Term(a, b, 1.0, 0.0, 0, slice(None))]
+        return with_products(normed, out, None, terms, Drop(), Readers())
+
+    def theirs(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        normed = 2 * F.rms_norm(x, (6,), w, 1e-6)
+        return normed @ out.T + normed @ a.T @ b.T
+
+    inputs = [torch.randn(*shape, requires_grad=True) for shape in ((4, 6), (2, 6), (7, 2))]
+    equal(graded(ours, inputs), graded(theirs, inputs), 1e-5)
 
 
 class Odd(nn.Module):
@@ -278,9 +314,33 @@ def test_only_a_gated_feed_forward_is_taken_for_one() -> None:
     assert act_of(Odd(), ("a", "b", "c")) is None
 
 
-@pytest.mark.parametrize(
-    ("act", "plain"), [("silu", F.silu), ("gelu", F.gelu), ("relu", F.relu)]
-)
+def test_trying_a_feed_forward_draws_no_number_and_calls_no_hook() -> None:
+    from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
+
+    config: Any = BY_NAME["t5"].make().config
+    config.dropout_rate, config.dense_act_fn = 0.5, "gelu_new"
+    module = T5DenseGatedActDense(config).train()
+    seen: list[Any] = []
+    module.register_forward_hook(lambda *call: seen.append(call))
+    before = torch.get_rng_state()
+    assert act_of(module, ("wi_0", "wi_1", "wo")) is None
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not seen
+
+
+def test_a_feed_forward_whose_parts_differ_in_type_casts_between_them() -> None:
+    from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
+
+    config: Any = BY_NAME["t5"].make().config
+    config.dropout_rate, config.dense_act_fn = 0.0, "gelu_new"
+    module = T5DenseGatedActDense(config).to(torch.bfloat16).train()
+    quick, x = QuickFeed("wi_0", "wi_1", "wo"), torch.randn(3, config.d_model).bfloat16()
+    assert quick(module, x) is not None
+    module.wo.float()  # as T5 keeps it in 16 bits
+    assert quick(module, x) is None
+
+
+@pytest.mark.parametrize(("act", "plain"), [("silu", F.silu), ("gelu", F.gelu), ("relu", F.relu)])
 def test_the_gated_product_is_its_formula(act: str, plain: Callable[[Tensor], Tensor]) -> None:
     inputs = [numbers(3, 5), numbers(3, 5)]
     equal(graded(lambda g, u: gated(g, u, act), inputs), graded(lambda g, u: plain(g) * u, inputs))
@@ -292,6 +352,24 @@ def test_only_a_rotation_of_halves_is_replaced() -> None:
 
     assert rotating_twin(LlamaAttention) is not None
     assert rotating_twin(GlmAttention) is None  # it rotates neighbours
+
+
+def test_a_forward_that_was_replaced_has_no_twin_of_the_old_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    assert rotating_twin(LlamaAttention) is not None
+    monkeypatch.setattr(LlamaAttention, "forward", lambda self, x: x)
+    assert rotating_twin(LlamaAttention) is None
+
+
+def test_masks_that_train_or_are_wider_than_the_scores_are_left_to_the_model() -> None:
+    module, q = nn.Identity().train(), torch.randn(1, 2, 4, 8, dtype=torch.bfloat16)
+    mask = torch.zeros(1, 1, 4, 4, dtype=q.dtype)
+    assert in_training(module, q, q, q, mask, {}) is not None
+    assert in_training(module, q, q, q, mask.float(), {}) is None
+    assert in_training(module, q, q, q, mask.clone().requires_grad_(), {}) is None
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -440,6 +440,15 @@ def test_gradients_flow_through_logits_that_were_computed() -> None:
     assert apart(both, 2 * grad) < 1e-5
 
 
+def test_logits_that_were_written_to_stay_so() -> None:
+    model = prepared("llama", "lora")
+    outputs = model.train()(**batch_for(model))
+    with torch.no_grad():
+        outputs.logits[..., 0] = -7.0
+        assert (outputs.logits[..., 0] == -7).all()
+    assert (outputs.logits[..., 0] == -7).all()
+
+
 def test_logits_of_a_head_that_has_changed_since_are_refused() -> None:
     (found,) = deferred()
     model, logits, _ = found

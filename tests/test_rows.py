@@ -321,6 +321,29 @@ def test_a_batch_of_another_size_is_refused_and_the_model_left_as_it_was() -> No
     torch.testing.assert_close(alone(model, batch, ["b"]), alone(model, batch, ["b"]))
 
 
+class Picky(nn.Module):
+    """Some words of a batch, whichever rows they are from, go through a layer of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.expert = nn.Embedding(9, 4), nn.Linear(4, 4)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x, few = self.words(input_ids), input_ids > 4
+        return x.masked_scatter(few[..., None], self.expert(x[few]))
+
+
+def test_words_picked_out_of_their_rows_are_refused_whatever_their_number() -> None:
+    model = moved(Picky().eval(), "LoRA(rank=2, sites='expert')", "a", "b")
+    picked = torch.tensor([[5, 1, 1], [5, 6, 7]])  # one word of the first row, three of the other
+    with (
+        torch.no_grad(),
+        esp.rows(model, ["a", "b"]),
+        pytest.raises(AdapterError, match="cannot be told"),
+    ):
+        model(input_ids=picked)
+
+
 def test_rows_with_one_choice_are_that_choice() -> None:
     model, batch = moved(LLAMA.make(), METHODS["ladder"], "side"), LLAMA.batch()
     want = logits(model, batch)

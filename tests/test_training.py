@@ -204,7 +204,9 @@ def test_a_site_without_gradient_is_named() -> None:
         esp.fit(model, tiny.tokenizer(), tiny.reviews(), None, **COMMON)
 
 
-def test_out_of_memory_ranks_three_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_says_what_a_step_takes_and_what_helps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
@@ -213,9 +215,11 @@ def test_out_of_memory_ranks_three_changes(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(TrainingError) as caught:
         esp.fit(model, tiny.tokenizer(), tiny.reviews(), **COMMON)
     text = str(caught.value)
-    assert "1. batch: 2 with accumulate: 4" in text
-    assert "2. checkpointing: true" in text
-    assert "3. precision: bf16" in text
+    assert "with batch: 8 and up to 11 tokens" in text
+    assert "A step takes" in text
+    assert "activations" in text
+    assert "1. batch: 4 with accumulate: 2 (the same step)" in text
+    assert "espalier plan --model BertForSequenceClassification" in text
 
 
 def test_a_run_folder_holds_everything(tmp_path: Path) -> None:
@@ -347,7 +351,7 @@ def test_training_goes_on_with_an_attached_adapter() -> None:
         ({"lora_r": 8}, ["method: LoRA(rank=8)"]),
         ({"model_name_or_path": "x"}, ["write model"]),
         ({"cutoff_len": 8}, ["write max_length"]),
-        ({"batch": 0}, ["batch must be at least 1; got 0"]),
+        ({"batch": 0}, ["batch must be at least 1 or auto; got 0"]),
         ({"schedule": "cosin"}, ["did you mean 'cosine'"]),
         ({"threads": "many"}, ["threads does not take 'many'"]),
         ({"lr": "fast"}, ["lr:", "'fast'"]),

@@ -22,8 +22,8 @@ from espalier.attention import Attention, caller
 from espalier.deltas import Batch, Delta
 from espalier.errors import AdapterError, nearest
 from espalier.fast.drop import Drop
-from espalier.fast.linear import Readers
 from espalier.fast.head import Head
+from espalier.fast.linear import Readers
 from espalier.fast.quick import quicken
 from espalier.fast.switch import enabled
 from espalier.modules import base_modules, is_sharded, unwrap

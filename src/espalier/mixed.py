@@ -104,12 +104,16 @@ class Mixed:
         """
         if len(x) in (1, self.rows):
             return self.rows
-        if x.dim() == 2 and len(x) in [self.rows * length for length in self.lengths]:
+        if self._flattened(x):
             return len(x)
         raise AdapterError(
             f"{path} is given {tuple(x.shape)}, in which the {self.rows} rows of the batch cannot "
             "be told; esp.rows cannot serve an adapter there"
         )
+
+    def _flattened(self, x: Tensor) -> bool:
+        """Whether x has a word of the batch in each row; of a few words none says whose it is."""
+        return x.dim() == 2 and len(x) in [self.rows * length for length in self.lengths]
 
     def begin(self, batch: Batch, stack: str | None) -> None:
         """Tell the deltas that mind it what their rows of the batch are given."""
@@ -131,8 +135,10 @@ class Mixed:
         """A host's output, its rows changed by the deltas of their adapters."""
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             plan = self._plan(seat)
-            if plan is not None and plan.takes(args, kwargs, self.rows):
-                return plan.output(args[0], self.rows)
+            if plan is not None and plan.takes(args, kwargs):
+                x = args[0]
+                if len(x) == self.rows or self._flattened(x):
+                    return plan.output(x, self.rows)
         live = [_here(seat, one) for one in self.lives]
         if not seat.watchers:
             changes = any(live)

@@ -205,9 +205,7 @@ class Prompts:
         """The rows (L, D) of some prompts, gap by gap, computed in their own type."""
         rows = [delta.embed(delta.t, self.stack.training) for delta in deltas]
         if len(rows) > 1:
-            parts = [
-                part.split(list(delta.gaps)) for part, delta in zip(rows, deltas, strict=True)
-            ]
+            parts = [part.split(list(delta.gaps)) for part, delta in zip(rows, deltas, strict=True)]
             rows = [part[gap] for gap in range(3) for part in parts]
         return torch.cat(rows).to(like.device, like.dtype)
 

@@ -64,7 +64,8 @@ def rows(model: nn.Module, choices: Sequence[Choice]) -> Iterator[None]:
         graft.rows = None
         for seat, name in taken:
             seat.deltas.pop(name)
-            if not (seat.deltas or seat.watchers or seat.around) and seat.leave():
+            kept = seat.deltas or seat.watchers or seat.around or seat.quick
+            if not kept and seat.leave():
                 del graft.seats[seat.path]
         graft.live = tuple((name, weight) for name, weight in before if name in graft.adapters)
         graft.refresh()

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from espalier.fast.switch import enabled
 
@@ -42,7 +43,8 @@ class _Batched(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, keys, values, mask = ctx.saved_tensors
         (g,) = grads
         heads = len(keys) // len(q)
@@ -62,7 +64,8 @@ class _Batched(torch.autograd.Function):
                 dv[:, :seen] += more
             block = torch.bmm(gs, keys[:, :seen]).mul_(ctx.scale)
             dq[:, :, rows] = _apart(block, q, rows)
-        assert dk is not None and dv is not None
+        assert dk is not None
+        assert dv is not None
         return dq, dk.mul_(ctx.scale).view(ctx.like[0]), dv.view(ctx.like[1]), None, None, None
 
 
@@ -88,7 +91,7 @@ def in_training(
     causal = bool(causal) and mask is None and q.shape[2] > 1
     if (causal and q.shape[2] != k.shape[2]) or k.shape[-1] != v.shape[-1]:
         return None
-    if mask is not None and (not isinstance(mask, Tensor) or mask.shape[1] != 1):
+    if mask is not None and not _one_for_all_heads(mask, q.dtype):
         return None
     return batched(q, k, v, mask, given.get("scaling", q.shape[-1] ** -0.5), causal)
 
@@ -109,6 +112,13 @@ def batched(
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, torch.finfo(q.dtype).min)
     return _Batched.apply(q, k, v, mask, scale, causal)  # type: ignore[return-value]
+
+
+def _one_for_all_heads(mask: Any, dtype: torch.dtype) -> bool:
+    """Whether a mask is one that `batched` adds: of these scores' type or bool, and frozen."""
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[1] != 1:
+        return False
+    return mask.dtype in (torch.bool, dtype) and not mask.requires_grad
 
 
 def _blocks(queries: int, keys: int, causal: bool) -> Iterator[tuple[slice, int]]:

@@ -74,13 +74,11 @@ class Logits(Tensor):
         return made
 
     def compute(self) -> Tensor:
-        """All logits, as the model would have given them."""
-        if self._whole is not None:
-            return self._whole
-        logits = _run(self.source, self.changes, self.hidden)
-        if torch.is_grad_enabled():
-            self._whole = logits
-        return logits
+        """All logits, as the model would have given them: with their graph, to be written to."""
+        if self._whole is None:
+            with torch.inference_mode(False), torch.enable_grad():
+                self._whole = _run(self.source, self.changes, self.hidden)
+        return self._whole
 
     @classmethod
     def __torch_function__(

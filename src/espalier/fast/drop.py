@@ -46,7 +46,7 @@ class Drop:
         """X (…) with a share of its numbers set to zero and the rest scaled up; x stays."""
         if not share:
             return x
-        kept = round((1 - share) * _STEPS)
+        kept = max(1, round((1 - share) * _STEPS))
         key = (seed, kept, x.shape, x.device)
         if self._keeps is None or self._key != key:
             self._key, self._keeps = key, _keeps(x, kept, seed)

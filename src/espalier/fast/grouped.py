@@ -70,12 +70,10 @@ class Grouped:
         self.choices = [place.get(live, -1) for live in choices]
         self.made: dict[tuple[int, torch.dtype], tuple[Blocks, Tensor, Tensor]] = {}
 
-    def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> bool:
-        """Whether this call is one that it can compute; the batch has so many rows."""
-        if not fits(self.seat.host, self.device, self.kind, args, kwargs):
-            return False
-        x = args[0]
-        return len(x) == rows or (x.dim() == 2 and len(x) > 0 and len(x) % rows == 0)
+    def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether this call is one that it can compute, if rows can be told in what it is given."""
+        fine = fits(self.seat.host, self.device, self.kind, args, kwargs)
+        return fine and args[0].numel() > 0
 
     def output(self, x: Tensor, rows: int) -> Tensor:
         """The host's output, changed: x (B, T, D_in) or flattened, y likewise."""

@@ -155,12 +155,16 @@ class Head:
 
     def state(self, trained: bool) -> tuple[Any, ...]:
         """What must be as it was when logits are computed after their pass."""
-        assert self.seat is not None
-        tensors = [*self.seat.host.parameters()]
+        seat, graft = self.seat, self.graft
+        assert seat is not None
+        here = [(d, weight) for name, weight in graft.live for d in seat.deltas.get(name, ())]
+        pairs = [pair for name, _ in graft.live for pair in graft.stand_ins[name]]
+        copies = [delta for module, delta in pairs if module is seat.host]
+        tensors = [*seat.host.parameters()]
         if trained:
-            adapters = (self.graft.adapters[name] for name, _ in self.graft.live)
+            adapters = (graft.adapters[name] for name, _ in graft.live)
             tensors += [p for adapter in adapters for p in adapter.runs.values()]
-        return self.graft.live, self.graft.merged, *(t._version for t in tensors)
+        return here, copies, [(t.data_ptr(), t._version) for t in tensors]
 
 
 class _Pass:

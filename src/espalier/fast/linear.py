@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from espalier.fast.drop import Drop
 from espalier.fast.made import made
 
-
 Again = Callable[[Sequence[Tensor]], Tensor]
 
 
@@ -40,7 +39,8 @@ class Term(NamedTuple):
 
 class Shared:
     """What linears that read one tensor have in common in backward: they add its gradient up in
-    place, and a tensor that was made from others is made again once for all of them."""
+    place, and a tensor that was made from others is made again once for all of them.
+    """
 
     def __init__(self) -> None:
         self.grad: Tensor | None = None
@@ -185,7 +185,7 @@ def with_products(
     drop: Drop,
     readers: Readers,
 ) -> Tensor:
-    """x Wᵀ + c with every product added: x (…, D_in), the result (…, D_out).
+    """X Wᵀ + c with every product added: x (…, D_in), the result (…, D_out).
 
     Args:
         x: The input.
@@ -215,7 +215,7 @@ def _through(plan: _Plan, g: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """s · a b in one product."""
+    """S · a b in one product."""
     return a @ b if scale == 1 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 

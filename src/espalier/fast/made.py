@@ -1,7 +1,8 @@
 """Tensors that can be made again from others which are kept anyway.
 
 A function that makes such a tensor leaves a note on it; whoever would keep the tensor for backward
-may keep the note's parts instead. The note says nothing about a tensor that another was made from.
+may keep the note's parts instead. The note says nothing about a tensor that another was made from,
+and nothing more of one that was written to afterwards.
 """
 
 from __future__ import annotations
@@ -17,14 +18,17 @@ class Made(NamedTuple):
 
     parts: tuple[Tensor, ...]
     again: Callable[[Sequence[Tensor]], Tensor]
+    version: int  # the tensor's, when the note was left
 
 
 def made(x: Tensor) -> Made | None:
     """The note on a tensor, if there is one."""
-    return getattr(x, "_espalier_made", None)
+    found: Made | None = getattr(x, "_espalier_made", None)
+    return found if found is not None and found.version == x._version else None
 
 
 def note(x: Tensor, *parts: Tensor, again: Callable[[Sequence[Tensor]], Tensor]) -> Tensor:
     """Leave a note on x, which is given back."""
-    x._espalier_made = Made(parts, again)  # type: ignore[attr-defined]
+    if not x.is_inference():  # those count no versions, and nobody keeps them for backward
+        x._espalier_made = Made(parts, again, x._version)  # type: ignore[attr-defined]
     return x

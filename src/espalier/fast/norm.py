@@ -2,13 +2,14 @@
 
     y = w ⊙ x / r,   r = √(mean x² + ε) over the last dimension, in fp32
 
-A module is taken over when its own forward, tried on the first rows that it is given, computes
-this with its `weight` (or with 1 + `weight`) and one of the numbers that it holds as ε.
+A module is taken over when its own forward, tried with a small task, computes this with its
+`weight` (or with 1 + `weight`) and one of the numbers that it holds as ε.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -56,7 +57,8 @@ def rms_norm(x: Tensor, weight: Tensor, law: Law) -> Tensor:
 
 
 def _again(wide: bool, parts: Sequence[Tensor]) -> Tensor:
-    return _scaled(*parts, wide)
+    x, inverse, w = parts
+    return _scaled(x, inverse, w, wide)
 
 
 def _scaled(x: Tensor, inverse: Tensor, w: Tensor, wide: bool) -> Tensor:
@@ -70,25 +72,38 @@ def _number(value: float, device: torch.device) -> Tensor:
 
 
 def norm_law(module: nn.Module, x: Tensor) -> Law | None:
-    """The law of a module that is a root mean square norm, tried on some of x (…, D); else None."""
+    """The law of a module that is a root mean square norm of such x (…, D); else None.
+
+    Its forward is tried on a shallow copy with a weight and rows of our own: those of a model may
+    be zeros, or all but centred, and say nothing then. In fp32, where little passes for rounding,
+    and in the type of x.
+    """
     own = module._parameters
     if list(own) != ["weight"] or module._modules or own["weight"] is None:
         return None
-    weight = own["weight"].detach()
-    if weight.shape != x.shape[-1:]:
+    if own["weight"].shape != x.shape[-1:]:
         return None
+    numbers = sorted({v for v in vars(module).values() if isinstance(v, float)})
+    laws = [Law(e, o, w) for e in numbers for o in (0.0, 1.0) for w in (False, True)]
+    twin = copy(module)
+    twin.__dict__.pop("weight", None)  # a trained copy's
     with torch.no_grad():
-        # Rows of very different sizes tell one ε from another.
-        some = x.detach().reshape(-1, x.shape[-1])[:3]
-        some = torch.cat([some, some * 1e-3, some * 30])
-        told = type(module).forward(module, some)
-        if not isinstance(told, Tensor) or told.dtype != x.dtype or told.shape != some.shape:
-            return None
-        numbers = {v for v in vars(module).values() if isinstance(v, float)}
-        for law in (Law(e, o, w) for e in numbers for o in (0.0, 1.0) for w in (False, True)):
-            if _near(rms_norm(some, weight, law), told):
-                return law
-    return None
+        for dtype in dict.fromkeys((torch.float32, x.dtype)):
+            some, weight = _task(x.shape[-1], dtype, x.device)
+            twin._parameters = {"weight": weight}  # type: ignore[dict-item]
+            told = type(module).forward(twin, some)
+            if not isinstance(told, Tensor) or told.dtype != dtype or told.shape != some.shape:
+                return None
+            laws = [law for law in laws if _near(rms_norm(some, weight, law), told)]
+    return next(iter(laws), None)
+
+
+def _task(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows (9, D) that are not centred, of sizes that tell one ε from another; a weight (D,)."""
+    waves = torch.arange(4 * width, dtype=torch.float32, device=device).sin().view(4, width)
+    rows = waves[:3] + 0.5
+    some = torch.cat([rows, rows * 1e-3, rows * 30])
+    return some.to(dtype), (waves[3] * 0.5 + 1).to(dtype)
 
 
 def _near(ours: Tensor, theirs: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Finding the modules of a frozen base that can train with less memory, and standing in for them."""
+"""Finding the modules of a frozen base that can train with less memory, to stand in for them."""
 
 from __future__ import annotations
 
@@ -57,6 +57,8 @@ class QuickFeed:
         if self.act is None:
             return None
         gate, up, out = (host._modules[name] for name in self.names)
+        if len({linear.weight.dtype for linear in (gate, up, out)}) > 1:  # type: ignore[union-attr]
+            return None  # its own forward may cast between them
         return out(gated(gate(x), up(x), self.act))  # type: ignore[misc]
 
 

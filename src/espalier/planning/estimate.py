@@ -147,7 +147,7 @@ def plan(
         length=checked(length, "length"),
         target_length=checked(length if target_length is None else target_length, "target_length"),
         accumulate=checked(accumulate, "accumulate"),
-        precision=models.precision_of(precision, where),
+        precision=models.precision_of(precision, where, known["config"]),
         checkpointing=checkpointing,
         optimizer=optimizer,
         head=head,

@@ -35,6 +35,7 @@ class Setup:
         make: Builds it on "meta", in a type, and in few bits where asked.
         recipe: What trains.
         task: What for: it makes the loss.
+        config: The model's own settings.
         batch: Rows per micro-batch.
         length: Tokens per row, a prompt's words not among them.
         target_length: Tokens of an answer, where the decoder is a stack of its own.
@@ -53,6 +54,7 @@ class Setup:
     make: Callable[[torch.dtype, Storage | None], nn.Module]
     recipe: Recipe
     task: Task
+    config: Any
     batch: int = 16
     length: int = 512
     target_length: int = 512
@@ -105,7 +107,7 @@ def task_named(name: str | None, config: Any) -> Task:
 
 
 def of_name(name: str, task: Task | None = None, task_name: str | None = None) -> dict[str, Any]:
-    """The fields of a setup that a model's name decides: model, make, task.
+    """The fields of a setup that a model's name decides: model, make, task, config.
 
     Raises:
         CheckpointError: There is no such model, here or on the hub.
@@ -116,7 +118,7 @@ def of_name(name: str, task: Task | None = None, task_name: str | None = None) -
     def make(dtype: torch.dtype, storage: Storage | None) -> nn.Module:
         return base.skeleton(copy.deepcopy(config), task, dtype, storage)
 
-    return {"model": name, "make": make, "task": task}
+    return {"model": name, "make": make, "task": task, "config": config}
 
 
 def of_model(model: Any, task: Task) -> dict[str, Any]:
@@ -129,7 +131,7 @@ def of_model(model: Any, task: Task) -> dict[str, Any]:
         return base.shaped(made, model.dtype, storage or asked)
 
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    known = {"model": name, "make": make, "task": task}
+    known = {"model": name, "make": make, "task": task, "config": model.config}
     return known if storage is None else {**known, "storage": storage}
 
 
@@ -159,7 +161,7 @@ def of_run(
         length=longest,
         target_length=answer or longest,
         accumulate=1 if config.batch == "auto" else config.accumulate,
-        precision=models.precision_of(config.precision, device),
+        precision=models.precision_of(config.precision, device, known["config"]),
         checkpointing=config.checkpointing,
         optimizer=config.optimizer,
         head=config.head if config.head == "auto" or isinstance(config.head, list) else False,

@@ -156,6 +156,8 @@ class Tracer(TorchDispatchMode):
         return "logits" if wide else "workspace"
 
     def _note(self, tensor: Tensor, part: str) -> None:
+        if tensor.device.type == "meta":  # a shape that is asked for, with no memory anywhere
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live:

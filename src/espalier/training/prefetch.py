@@ -7,7 +7,7 @@ not, meets the same batches. An error in the thread is raised where its step wou
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -33,7 +33,7 @@ class Prepared(NamedTuple):
     tokens: int
 
 
-def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[tuple[Item, Made]]:
+def ahead(make: Callable[[Item], Made], items: Iterable[Item]) -> Generator[tuple[Item, Made]]:
     """Each item with what `make` gives for it; close the iterator to end the thread early.
 
     Raises:

@@ -345,8 +345,9 @@ class TrunkCache:
 def _text(given: Mapping[str, Any], own: Examples) -> list[int]:
     """Tokens of each row of the text."""
     mask = given.get("attention_mask")
-    packed = mask is None or mask.dim() == 4
-    return [len(e["input_ids"]) for e in own] if packed else _real(mask)
+    if mask is None or mask.dim() == 4:  # packed
+        return [len(e["input_ids"]) for e in own]
+    return _real(mask)
 
 
 def _read(given: Mapping[str, Any], own: Examples) -> list[int]:
