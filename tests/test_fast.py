@@ -395,3 +395,39 @@ def test_attention_as_batched_products(causal: bool, masked: str | None, length:
 
     ours = graded(lambda q, k, v: batched(q, k, v, mask, 0.3, causal), [q, k, v])
     equal(ours, graded(theirs, [q, k, v]))
+
+
+def read_twice(x: Tensor, readers: Readers, w: Tensor, b: Tensor) -> Tensor:
+    """Two linears that read x, each with a product whose A is fixed."""
+    terms = [Term(torch.ones(2, 6, dtype=x.dtype), b, 1.0, 0.0, 0, slice(None))]
+    once, again = (with_products(x, w, None, terms, Drop(), readers) for _ in range(2))
+    return once + again.square()
+
+
+def test_a_gradient_asked_for_alone_leaves_nothing_to_the_next_pass() -> None:
+    torch.manual_seed(0)
+    x, w, b = numbers(4, 6), numbers(6, 6, grad=False), numbers(6, 2)
+    out = read_twice(x * 1, Readers(), w, b).sum()
+    torch.autograd.grad(out, b, retain_graph=True)  # the linears run, what they read does not
+    (whole,) = torch.autograd.grad(out, x)
+    (alone,) = torch.autograd.grad(read_twice(x * 1, Readers(), w, b).sum(), x)
+    equal([whole], [alone])
+
+
+def test_what_was_read_without_a_graph_is_read_anew_with_one() -> None:
+    torch.manual_seed(0)
+    w, b = numbers(6, 6, grad=False), numbers(6, 2)
+    inputs, readers = numbers(4, 6), Readers()
+    x = inputs * 1
+    with torch.no_grad():
+        read_twice(x, readers, w, b)
+    (ours,) = torch.autograd.grad(read_twice(x, readers, w, b).sum(), inputs)
+    (alone,) = torch.autograd.grad(read_twice(inputs * 1, Readers(), w, b).sum(), inputs)
+    equal([ours], [alone])
+
+
+def test_a_linear_without_rows_has_gradients_of_zero() -> None:
+    x, w, b = numbers(0, 6), numbers(6, 6, grad=False), numbers(6, 2)
+    found = torch.autograd.grad(read_twice(x, Readers(), w, b).sum(), [x, b])
+    assert found[0].shape == (0, 6)
+    assert not found[1].any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -176,9 +177,15 @@ def resolve(model: nn.Module, choice: Choice) -> tuple[tuple[str, float], ...]:
     find(model).refuse_merged()
     if isinstance(choice, str):
         choice = (choice,)
-    pairs: Iterable[tuple[str, float]] = (
+    if not isinstance(choice, Iterable | None):
+        raise SettingError(f"adapters are chosen by name, as 'mail', not by {choice!r}")
+    given: Iterable[tuple[str, float]] = (
         choice.items() if isinstance(choice, Mapping) else ((name, 1.0) for name in choice or ())
     )
+    pairs = list(given)
+    for name, weight in pairs:
+        if isinstance(weight, bool | str) or not math.isfinite(weight):
+            raise SettingError(f"the weight of {name!r} is a finite number, not {weight!r}")
     live = tuple((name, float(weight)) for name, weight in pairs)
     names = [name for name, _ in live]
     if double := next((name for name in names if names.count(name) > 1), None):

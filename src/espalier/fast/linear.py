@@ -43,9 +43,19 @@ class Shared:
     """
 
     def __init__(self) -> None:
-        self.grad: Tensor | None = None
+        self._grad: Tensor | None = None
+        self._pass = -1  # the backward pass that added it up
         self.left = 0  # linears whose backward is to come
         self._made: Tensor | None = None
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The gradient so far; what a pass for some numbers alone left here is none of the next."""
+        return self._grad if self._pass == torch._C._current_graph_task_id() else None
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        self._grad, self._pass = value, torch._C._current_graph_task_id()
 
     def again(self, how: Again | None, held: Sequence[Tensor]) -> Tensor:
         """The tensor (N, D_in) from what was held of it."""
@@ -79,8 +89,7 @@ class Readers:
     """The tensor that was read last, for the next linear that reads it."""
 
     def __init__(self) -> None:
-        self._of: weakref.ref[Tensor] | None = None
-        self._latest: tuple[Tensor, Shared] | None = None
+        self._latest: tuple[weakref.ref[Tensor], tuple[bool, int], Tensor, Shared] | None = None
 
     def __deepcopy__(self, memo: dict[int, object]) -> Readers:
         return Readers()
@@ -90,15 +99,18 @@ class Readers:
 
     def of(self, x: Tensor) -> tuple[Tensor, Shared]:
         """X as its linears read it, and what they share."""
-        if self._latest is None or self._of is None or self._of() is not x:
+        latest = self._latest
+        # Read without a graph it has none to share; written to since, it is another.
+        stamp = torch.is_grad_enabled(), 0 if x.is_inference() else x._version
+        if latest is None or latest[0]() is not x or latest[1] != stamp:
             shared = Shared()  # holds no tensor that leads to it, or it would outlive the step
             read: Tensor = _Read.apply(x, shared) if x.requires_grad else x  # type: ignore[assignment]
-            self._of, self._latest = weakref.ref(x), (read, shared)
-        return self._latest
+            self._latest = latest = weakref.ref(x), stamp, read, shared
+        return latest[2:]
 
     def rest(self) -> None:
         """Forget it."""
-        self._of = self._latest = None
+        self._latest = None
 
 
 @dataclass(slots=True)
@@ -140,7 +152,7 @@ class _Linear(torch.autograd.Function):
         plan.shared.left += bool(held)
         ctx.counts = len(factors), len(lows)
         ctx.save_for_backward(weight, *factors, *lows, *held)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from espalier.errors import SettingError
 from espalier.planning.rehearsal import Rehearsal
 from espalier.planning.setup import Setup, checked, of_model, of_name, task_named
 from espalier.recipes import recipe
@@ -140,6 +141,7 @@ def plan(
         known = of_name(model, task_name=task)
     else:
         known = of_model(model, task_named(task, model.config))
+    _check_positions(known["config"], length)
     setup = Setup(
         **{"storage": told.storage, **known},
         recipe=parts,
@@ -207,3 +209,9 @@ def moments(numbers: list[int], optimizer: str) -> int:
         scales = 2 * 4 * -(-count // MOMENTS_BLOCK)
         total += 8 * count if count < LEAST else 2 * count + scales
     return total + (tables if max(numbers, default=0) >= LEAST else 0)
+
+
+def _check_positions(config: Any, length: int) -> None:
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(most, int) and 0 < most < length:
+        raise SettingError(f"length must be at most {most}, the model's positions; got {length}.")
