@@ -55,7 +55,7 @@ def test_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert limit["gemms"] == entries["gemm"]["gemms"] < ours["gemms"]
         assert ours["kernels"] < 0.85 * peft["kernels"]
         assert ours["moved"] < 0.7 * peft["moved"]
-        assert ours["saved"] < 0.5 * peft["saved"]
+        assert ours["saved"] < 0.6 * peft["saved"]
         assert f"{field}: llama-like, bf16" in printed
     _import("step").main(["--tiny", "--rounds", "1", "--dtype", "fp32", "--field", "kinds"])
 
