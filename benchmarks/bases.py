@@ -41,7 +41,7 @@ def llama(size: Size, dtype: torch.dtype) -> nn.Module:
         num_attention_heads=size.heads,
         num_key_value_heads=size.kv_heads,
         vocab_size=size.vocabulary,
-        max_position_embeddings=2 * size.length,
+        max_position_embeddings=2 * size.length + 64,
         use_cache=False,
         tie_word_embeddings=False,
     )
@@ -59,7 +59,7 @@ def bert(size: Size, dtype: torch.dtype) -> nn.Module:
         intermediate_size=4 * size.hidden,
         num_attention_heads=size.heads,
         vocab_size=size.vocabulary,
-        max_position_embeddings=2 * size.length,
+        max_position_embeddings=2 * size.length + 64,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )

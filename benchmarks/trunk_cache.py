@@ -12,6 +12,7 @@ end. Filling, done once before the first epoch, is timed by itself.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from espalier.training import course, models, run
 from espalier.training.config import RunConfig
 from espalier.training.logs import quiet
 from espalier.training.loop import Loop
+from espalier.training.prefetch import ahead
 from espalier.training.prepare import Material, encode, fitting, read_data
 from espalier.training.trunk_cache import TrunkCache
 
@@ -46,9 +48,10 @@ class Contender:
     def epoch(self) -> None:
         """One epoch, no evaluation."""
         loop = self.loop
-        for step in loop.epoch(loop.at.epoch):
-            loop._step(step)
-            loop.at.step += 1
+        with contextlib.closing(ahead(loop._prepared, loop.epoch(loop.at.epoch))) as coming:
+            for step, made in coming:
+                loop._step(step, made)
+                loop.at.step += 1
         loop.at.epoch += 1
 
     def whole(self) -> None:
@@ -88,7 +91,8 @@ def contender(method: str, settings: dict[str, Any]) -> Contender:
         model, new = models.load_model(config.model, data.task, tokenizer, torch.float32)
     esp.attach(model, parts, head=new or "auto")
     material = Material(config, model, tokenizer, data, encode(data, tokenizer, config), out)
-    loop = Loop(course._job(material, torch.get_num_threads(), parts))
+    longest = max(len(example["input_ids"]) for example in material.encoded.examples["train"])
+    loop = Loop(course._job(material, torch.get_num_threads(), parts, longest))
     kept, filling = 0, 0.0
     if config.trunk_cache != "none":
         trunk = loop.job.trunk = TrunkCache(loop.job)
