@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,3 +21,18 @@ transformers.logging.disable_progress_bar()
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--plain-paths", action="store_true", help="fast paths off in every test")
+
+
+@pytest.fixture(autouse=True)
+def _paths(request: pytest.FixtureRequest) -> Iterator[None]:
+    if not request.config.getoption("--plain-paths"):
+        yield
+        return
+    from espalier.fast.switch import plain_paths
+
+    with plain_paths():
+        yield
