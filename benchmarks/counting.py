@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from espalier.planning.trace import touched
+
 aten = torch.ops.aten
 GEMMS = (
     *(aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.baddbmm_),
@@ -69,15 +71,15 @@ class _Counter(TorchDispatchMode):
                 *args, **kwargs, out_val=out
             )
             return out
-        written = _bytes(_tensors(out) or _changed(func, args, kwargs))
+        written = touched(_tensors(out) or _changed(func, args, kwargs))
         if packet in _PICKS:
             read = written
         elif packet in _PUTS:
-            read = written = 2 * _bytes(_tensors(args[2:3]))
+            read = written = 2 * touched(_tensors(args[2:3]))
         elif packet in _FILLS:
             read = 0
         else:
-            read = _bytes(_tensors((args, kwargs)))
+            read = touched(_tensors((args, kwargs)))
         self.counts.moved += read + written
         return out
 
@@ -91,17 +93,6 @@ def _changed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[T
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes touched; what is only repeated by a stride of zero is touched once."""
-    total = 0
-    for tensor in tensors:
-        size = tensor.element_size()
-        for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
-            size *= length if stride else 1
-        total += size
-    return total
 
 
 def count(

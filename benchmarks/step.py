@@ -83,13 +83,10 @@ def _plain_full(model: nn.Module) -> Made:
 
 def _ours(method: str, model: nn.Module) -> Made:
     esp.attach(model, method)
-    if regimes := model.espalier.adapters["default"].regimes:  # type: ignore[union-attr]
-        life = esp.Lifecycle(model, steps=10_000)
-        optimiser = _adamw(esp.parameters(model))
-        life.follow(optimiser)
-        assert regimes
-        return model, optimiser
-    return model, _adamw(esp.parameters(model))
+    optimiser = _adamw(esp.parameters(model))
+    if model.espalier.adapters["default"].regimes:  # type: ignore[union-attr]
+        esp.Lifecycle(model, steps=10_000).follow(optimiser)
+    return model, optimiser
 
 
 def _checkpointed(make: Callable[[nn.Module], Made], model: nn.Module) -> Made:

@@ -10,7 +10,7 @@ so have numbers with a learning rate of their own, and those that are kept but n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -169,10 +169,8 @@ class Adapter(nn.Module):
             )
         with torch.inference_mode(False), torch.enable_grad():
             for kind, flat in runs.items():
-                views = _Views.apply(flat, self.slots[kind], flat.dtype)
-                for slot, view in zip(self.slots[kind], views, strict=True):
-                    for delta, key in slot.users:
-                        delta.t[key] = view
+                for delta, key, view in self._views(kind, flat, flat.dtype):
+                    delta.t[key] = view
         self._seen = seen
         self.refresh()
 
@@ -187,10 +185,17 @@ class Adapter(nn.Module):
         for kind, flat in self.flat.items():
             if flat.dtype != dtype:
                 self._cast = True
-                views = _Views.apply(flat, self.slots[kind], dtype)
-                for slot, view in zip(self.slots[kind], views, strict=True):
-                    for delta, key in slot.users:
-                        delta.cast[key] = view
+                for delta, key, view in self._views(kind, flat, dtype):
+                    delta.cast[key] = view
+
+    def _views(
+        self, kind: str, flat: Tensor, dtype: torch.dtype
+    ) -> Iterator[tuple[Delta, str, Tensor]]:
+        """Each delta and key that uses a part of a buffer, with that part in a type."""
+        views = _Views.apply(flat, self.slots[kind], dtype)
+        for slot, view in zip(self.slots[kind], views, strict=True):
+            for delta, key in slot.users:
+                yield delta, key, view
 
     @property
     def built(self) -> dict[int, list[Delta]]:

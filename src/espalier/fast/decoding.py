@@ -90,11 +90,12 @@ def served(seat: Seat, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Served 
 
 def _found(seat: Seat) -> Served | None:
     live = [(d, w) for name, w in seat.graft.live for d in seat.deltas.get(name, ())]
-    fine = plain(seat) and all(adds_a_product(d) and _side_by_side(d) for d, _ in live)
+    fine = plain(seat) and all(adds_a_product(d) and side_by_side(d) for d, _ in live)
     return Served(seat, live) if live and fine else None
 
 
-def _side_by_side(delta: Delta) -> bool:
+def side_by_side(delta: Delta) -> bool:
+    """Whether the columns that a delta adds to are one slice of the host's."""
     return delta.site.rows is None or delta.site.rows.groups == 1
 
 

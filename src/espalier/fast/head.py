@@ -104,7 +104,7 @@ class Head:
     def _deferred(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Logits | None:
         """Logits of x for later; None where they cannot be made in chunks."""
         assert self.seat is not None
-        live = [d for name, _ in self.graft.live for d in self.seat.deltas.get(name, ())]
+        live = [delta for delta, _ in self._acting()]
         if not all(_by_rows(delta) for delta in live) or not _stays(self.seat.host):
             return None
         trained = self._trained(live)
@@ -141,15 +141,24 @@ class Head:
             return None
         return _Known(made.shape[-1], made.dtype)
 
+    def _acting(self) -> list[tuple[Delta, float]]:
+        """The live deltas here and their weights."""
+        assert self.seat is not None
+        deltas = self.seat.deltas
+        return [(d, weight) for name, weight in self.graft.live for d in deltas.get(name, ())]
+
+    def _copies(self) -> list[Delta]:
+        """The live trained copies that stand in for the head's own parameters."""
+        assert self.seat is not None
+        pairs = [pair for name, _ in self.graft.live for pair in self.graft.stand_ins[name]]
+        return [delta for module, delta in pairs if module is self.seat.host]
+
     def _trained(self, live: Iterable[Delta]) -> list[Tensor]:
         """The tensors of the head that train: its own, its deltas' and its trained copies."""
         assert self.seat is not None
-        host = self.seat.host
-        stand_ins = [pair for name, _ in self.graft.live for pair in self.graft.stand_ins[name]]
-        copies = [delta for module, delta in stand_ins if module is host]
         tensors = [
-            *host.parameters(),
-            *(t for delta in (*live, *copies) for t in delta.t.values()),
+            *self.seat.host.parameters(),
+            *(t for delta in (*live, *self._copies()) for t in delta.t.values()),
         ]
         return list({id(t): t for t in tensors if t.requires_grad}.values())
 
@@ -157,14 +166,11 @@ class Head:
         """What must be as it was when logits are computed after their pass."""
         seat, graft = self.seat, self.graft
         assert seat is not None
-        here = [(d, weight) for name, weight in graft.live for d in seat.deltas.get(name, ())]
-        pairs = [pair for name, _ in graft.live for pair in graft.stand_ins[name]]
-        copies = [delta for module, delta in pairs if module is seat.host]
         tensors = [*seat.host.parameters()]
         if trained:
             adapters = (graft.adapters[name] for name, _ in graft.live)
             tensors += [p for adapter in adapters for p in adapter.runs.values()]
-        return here, copies, [(t.data_ptr(), t._version) for t in tensors]
+        return self._acting(), self._copies(), [(t.data_ptr(), t._version) for t in tensors]
 
 
 class _Pass:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from espalier import hosts
 from espalier.deltas import Delta
+from espalier.fast.decoding import adds_a_product, side_by_side
 from espalier.fast.linear import Term, with_products
 from espalier.fast.switch import enabled
 
@@ -29,18 +30,7 @@ def takes(seat: Seat, live: Live, args: tuple[Any, ...], kwargs: dict[str, Any])
     x, host = args[0], seat.host
     if not live or not hosts.multiplies(host, x) or torch.is_autocast_enabled(x.device.type):
         return False
-    return all(_adds_a_product(delta) for delta, _ in live)
-
-
-def _adds_a_product(delta: Delta) -> bool:
-    """Whether a delta's `after` is its product, on columns that lie side by side."""
-    kind, rows = type(delta), delta.site.rows
-    return (
-        kind.product is not Delta.product
-        and kind.before is Delta.before
-        and not delta.watches
-        and (rows is None or rows.groups == 1)
-    )
+    return all(adds_a_product(delta) and side_by_side(delta) for delta, _ in live)
 
 
 def output(seat: Seat, live: Live, x: Tensor) -> Tensor:
