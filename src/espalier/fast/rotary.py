@@ -2,8 +2,9 @@
 
     y₁ = x₁ ⊙ c₁ − x₂ ⊙ s₁,   y₂ = x₂ ⊙ c₂ + x₁ ⊙ s₂      halves of heads (B, h, T, d)
 
-Attention calls its rotary function by a name in its own file. A twin of its forward finds ours
-under that name, in that instance alone, if the function was tried and rotates halves.
+Attention calls its rotary function by a name in its own file. A twin of its forward, decorators
+and all, finds ours under that name, in that instance alone, if the function was tried and rotates
+halves.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -58,16 +59,22 @@ def rotating_twin(owner: type) -> Callable[..., Any] | None:
 
 @lru_cache(256)
 def _twin(forward: Callable[..., Any]) -> Callable[..., Any] | None:
-    if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
+    if not isinstance(forward, FunctionType):
         return None
-    own = forward.__globals__
-    name = next((n for n in forward.__code__.co_names if _rotates(own.get(n))), None)
-    if name is None:
-        return None
-    scope = {**own, name: _guarded(own[name])}
-    twin = FunctionType(
-        forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__
-    )
+    own, cells = forward.__globals__, forward.__closure__
+    if hasattr(forward, "__wrapped__"):
+        inner = forward.__wrapped__
+        twin = _twin(inner)
+        held = [cell for cell in cells or () if cell.cell_contents is inner]
+        if twin is None or len(held) != 1:
+            return None
+        cells = tuple(CellType(twin) if cell is held[0] else cell for cell in cells or ())
+    else:
+        name = next((n for n in forward.__code__.co_names if _rotates(own.get(n))), None)
+        if name is None:
+            return None
+        own = {**own, name: _guarded(own[name])}
+    twin = FunctionType(forward.__code__, own, forward.__name__, forward.__defaults__, cells)
     twin.__kwdefaults__ = forward.__kwdefaults__
     return twin
 
