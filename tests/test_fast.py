@@ -26,6 +26,9 @@ RECIPES = (
     "LoRA(rank=4, freeze_a=True)",
     "LoRA(rank=4, init='pissa')",
     "LoRA(rank=4, dora=True)",
+    "LoRA(rank=4, dora=True, init='pissa', bias='all')",
+    "LoRA(rank=4, dora=True, freeze_a=True, sites='attention.q, attention.v')",
+    "LoRA(rank=2, dora=True, sites='attention.q, ffn.*') + LoRA(rank=3, sites='all-linear')",
     "AdaLoRA(rank=4, target=2)",
     "LoRA(rank=4) + IA3() + PartialTuning(sites='norm')",
     "LoRA(rank=2) + LoRA(rank=3, sites='attention.q')",
@@ -149,6 +152,36 @@ def test_less_is_kept_for_backward(dtype: torch.dtype, share: float) -> None:
     assert saved_bytes(model, data) < share * plain
 
 
+def test_a_stretch_keeps_little_more_than_a_product() -> None:
+    kept = {}
+    for recipe in ("LoRA(rank=4)", "LoRA(rank=4, dora=True)"):
+        model = BY_NAME["llama"].make().train()
+        esp.attach(model, recipe)
+        data = {"input_ids": torch.arange(128).view(2, 64) % 50}
+        kept[recipe] = saved_bytes(model, {**data, "labels": data["input_ids"]})
+    plain, stretched = kept.values()
+    assert plain < stretched < 1.35 * plain
+
+
+def test_lengths_of_rows_are_measured_again_where_the_weight_changed() -> None:
+    model, data = BY_NAME["llama"].make().train(), BY_NAME["llama"].batch()
+    esp.attach(model, "LoRA(rank=4, dora=True)")
+    gradients(shaken(model), data)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight *= 3
+    agree(*both(model, data), 5e-5)
+    weights = {name: 0.5 * value for name, value in model.state_dict().items() if "proj" in name}
+    model.load_state_dict(weights, strict=False)
+    agree(*both(model, data), 5e-5)
+    esp.attach(model, "LoRA(rank=2)", "other")
+    shaken(model)
+    esp.merge(model, "other")
+    esp.unmerge(model)
+    esp.activate(model, "default")
+    agree(*both(model, data), 5e-5)
+
+
 # -- one function at a time ------------------------------------------------------------------
 
 
@@ -186,6 +219,41 @@ def test_a_linear_with_two_products_is_its_formula(share: float) -> None:
         return y + F.pad(2.0 * x @ a2.T @ b2.T, (1, 2))
 
     inputs = [x, c, a, b, b2]
+    equal(graded(ours, inputs), graded(theirs, inputs))
+
+
+@pytest.mark.parametrize("after", ["", "written", "nothing"])
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize("columns", [slice(None), slice(1, 5)])
+def test_a_stretched_product_is_its_formula(columns: slice, keeps: bool, after: str) -> None:
+    torch.manual_seed(0)
+    width = len(range(7)[columns])
+    x, w, c = numbers(2, 5, 6), numbers(7, 6, grad=False), numbers(7)
+    a, b, sigma = numbers(3, 6), numbers(width, 3), numbers(width)
+    a2, b2 = numbers(2, 6), numbers(2, 2)
+    if (
+        after == "nothing" and not keeps
+    ):  # a length of 0, at which only what is computed again tells
+        with torch.no_grad():
+            sigma[0] = -1
+
+    def ours(x: Tensor, c: Tensor, a: Tensor, b: Tensor, sigma: Tensor, b2: Tensor) -> Tensor:
+        terms = [Term(a, b, 0.5, 0.0, 0, columns, sigma)]
+        if columns != slice(None):
+            terms.append(Term(a2, b2, 2.0, 0.0, 0, slice(5, 7)))
+        y = with_products(x, w, c, terms, Drop(), Readers(), keeps)
+        return y.mul_(3) if after == "written" else y
+
+    def theirs(x: Tensor, c: Tensor, a: Tensor, b: Tensor, sigma: Tensor, b2: Tensor) -> Tensor:
+        z = x @ w.T
+        parts = [z[..., columns] + 0.5 * x @ a.T @ b.T]
+        parts[0] = parts[0] + sigma * parts[0]
+        if columns != slice(None):
+            parts = [z[..., :1], *parts, z[..., 5:] + 2.0 * x @ a2.T @ b2.T]
+        y = torch.cat(parts, -1) + c
+        return 3 * y if after == "written" else y
+
+    inputs = [x, c, a, b, sigma] + ([b2] if columns != slice(None) else [b2.detach()])
     equal(graded(ours, inputs), graded(theirs, inputs))
 
 

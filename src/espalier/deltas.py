@@ -75,12 +75,17 @@ class Call(NamedTuple):
 
 
 class Product(NamedTuple):
-    """s · drop(x) Aᵀ Bᵀ, which is all that a delta adds to y: A (R, D_in), B (D_out, R)."""
+    """s · drop(x) Aᵀ Bᵀ, which is all that a delta adds to y: A (R, D_in), B (D_out, R).
+
+    With a `stretch` σ (D_out,) all of y but its bias then grows by σ: z + σ ⊙ z. A delta that may
+    have one says so (`stretches`).
+    """
 
     a: Tensor
     b: Tensor
     scale: float
     dropout: float = 0.0  # in training only
+    stretch: Tensor | None = None
 
 
 class Batch(NamedTuple):
@@ -148,8 +153,9 @@ class Delta:
                                           no other port is used; x is the queries where nothing
                                           is watched)
         embed(t, training) -> rows        embeddings of extra words before the text (`embeds`)
-        product(t) -> Product             what `after` adds, where it is a product of two factors
-                                          and nothing else; it may then be computed another way
+        product(t) -> Product             what `after` does, where it adds a product of two factors
+                                          and no more than stretches what then is there; it may
+                                          then be computed another way
         fold(t, w, b) -> (w, b)           the same change on a float weight; absent: cannot merge
         effective(t, own, training)       what stands in for the host's own parameters, by name
                                           (`replaces`; then no other port is used)
@@ -177,6 +183,7 @@ class Delta:
     measures: bool = False  # before training it asks for E[(∂loss/∂p)²] of what is `measured`
     idle: bool = False  # it may rightly get no gradient
     gates: bool = False  # a gate around it comes as t["gate"] and multiplies its own branch
+    stretches: bool = False  # its product has a stretch
     taps: bool = False  # it reads others' outputs, detached, and changes nothing before its own
 
     def __init__(self, site: Site, **trained: Trained) -> None:
@@ -221,7 +228,7 @@ class Delta:
         """Given the mean squared gradient of each parameter that is `measured`, by its key."""
 
     def product(self, t: Tensors) -> Product | None:
-        """What `after` adds to y, where that is one product with two factors; else None."""
+        """What `after` does to y, where that is one product with two factors; else None."""
         return None
 
     def fold(self, t: Tensors, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -101,8 +101,9 @@ def side_by_side(delta: Delta) -> bool:
 
 def _factors(term: Term, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
     """Aᵀ (D_in, R), Bᵀ (R, D_out), and what their product is multiplied with, as they are now."""
-    a, b, scale, _ = product(term.delta)
-    return a.detach().to(dtype).t(), b.detach().to(dtype).t(), scale * term.weight
+    made = product(term.delta)
+    a, b = (factor.detach().to(dtype).t() for factor in made[:2])
+    return a, b, made.scale * term.weight
 
 
 def _lasts(delta: Delta) -> bool:
@@ -119,12 +120,17 @@ def plain(seat: Seat) -> bool:
 
 def adds_a_product(delta: Delta) -> bool:
     """Whether all that a delta does is to add a product to what a linear gives."""
+    return is_product(delta) and not delta.stretches
+
+
+def is_product(delta: Delta) -> bool:
+    """Whether what a delta does to the output of a linear is what its `product` says."""
     kind = type(delta)
     return (
         kind.product is not Delta.product
         and kind.before is Delta.before
         and delta.site.kind in ("linear", "conv1d")
-        and not (delta.watches or delta.gates or delta.reads_host or delta.replaces)
+        and not (delta.watches or delta.gates or delta.replaces)
     )
 
 

@@ -6,6 +6,9 @@ The products are added into y, and their gradients into that of x, in place: not
 or y is made for them. Kept are x once (others that read it keep the same tensor), the R columns
 x Aᵀ, and a seed for each dropout; W gets no gradient. An x that was made from tensors which are
 kept anyway (`made`) is made again in backward, and a 4-bit W is unpacked again.
+
+A product may end with a stretch (DoRA's), z + σ ⊙ z of what is there but for c. The gradient of σ
+needs z, which comes from y where y is kept, and is computed again where it is not.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +39,7 @@ class Term(NamedTuple):
     share: float
     seed: int
     columns: slice
+    stretch: Tensor | None = None  # σ, at least fp32
 
 
 class Shared:
@@ -123,10 +128,24 @@ class _Plan:
     again: Again | None
     terms: list[tuple[float, float, int, slice]]
     shape: torch.Size
+    keeps: bool
+
+
+class _Witness:
+    """Whether a tensor was written to since; holds none of its memory."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._alias = x.detach()
+        self._alias.data = x.new_empty(0)  # the count of versions stays that of x
+        self._version = self._alias._version
+
+    @property
+    def intact(self) -> bool:
+        return self._alias._version == self._version
 
 
 class _Linear(torch.autograd.Function):
-    """(x, W or None, c or None, parts of x, plan, A₁, B₁, A₂, …) → y."""
+    """(x, W or None, c or None, parts of x, plan, A₁, B₁, σ₁ or None, A₂, …) → y."""
 
     @staticmethod
     def forward(
@@ -136,56 +155,88 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         parts: tuple[Tensor, ...],
         plan: _Plan,
-        *factors: Tensor,
+        *factors: Tensor | None,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         flat = x.reshape(-1, x.shape[-1])
-        y = F.linear(flat, plan.unpack() if weight is None else weight, bias)  # type: ignore[misc]
+        stretched = any(sigma is not None for sigma in factors[2::3])
+        full = plan.unpack() if weight is None else weight  # type: ignore[misc]
+        y = F.linear(flat, full, None if stretched else bias)
         lows = []
-        for a, b, (scale, share, seed, columns) in _each(factors, plan):
+        for a, b, sigma, (scale, share, seed, columns) in _each(factors, plan):
             low = F.linear(plan.drop(flat, share, seed), a)
-            y[:, columns].addmm_(low, b.t(), alpha=scale)
+            part = y[:, columns].addmm_(low, b.t(), alpha=scale)
+            if sigma is not None:
+                part.addcmul_(part, sigma.to(y.dtype))
             lows.append(low)
+        if stretched and bias is not None:
+            y += bias
         ctx.plan = plan
-        reads_x = any(ctx.needs_input_grad[5::2])  # an A that stays as it is needs x Aᵀ alone
+        needs_sigma = any(ctx.needs_input_grad[7::3])
+        # A view made in here could not be written to in place, as some models do.
+        out = torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+        kept = (y,) if needs_sigma and plan.keeps else ()
+        ctx.witness = _Witness(out) if kept else None
+        # An A that stays as it is needs x Aᵀ alone.
+        reads_x = any(ctx.needs_input_grad[5::3]) or needs_sigma
         held = (parts or (x,)) if reads_x else ()
         plan.shared.left += bool(held)
-        ctx.counts = len(factors), len(lows)
-        ctx.save_for_backward(weight, *factors, *lows, *held)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        ctx.counts = len(factors), len(lows), len(kept)
+        ctx.save_for_backward(weight, bias if needs_sigma else None, *factors, *lows, *kept, *held)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         plan: _Plan = ctx.plan
         if g is None:
-            return (None,) * (5 + 2 * len(plan.terms))
-        weight, *rest = ctx.saved_tensors
-        many, few = ctx.counts
-        factors, lows, held = rest[:many], rest[many : many + few], rest[many + few :]
+            return (None,) * (5 + 3 * len(plan.terms))
+        weight, bias, *rest = ctx.saved_tensors
+        rest = iter(rest)
+        factors, lows, kept = (list(islice(rest, count)) for count in ctx.counts)
+        held = list(rest)
         needs_x, _, needs_bias, _, _, *needs = ctx.needs_input_grad
         g = g.reshape(-1, g.shape[-1])
         x = None
         if held:
             plan.shared.left -= 1
             x = plan.shared.again(plan.again, held)
-        dx = _through(plan, g, weight) if needs_x else None
-        grads: list[Tensor | None] = []
-        for index, (a, b, (scale, share, seed, columns)) in enumerate(_each(factors, plan)):
-            part = g[:, columns]
+        full = weight
+        if full is None and (needs_x or any(needs[2::3])):
+            full = plan.unpack()  # type: ignore[misc]
+        y = kept[0] if kept and ctx.witness.intact else None
+        grads: list[Tensor | None] = [None] * len(needs)
+        whole = g  # with every stretch
+        for index, (_, b, sigma, (scale, _, _, columns)) in enumerate(_each(factors, plan)):
+            if sigma is None:
+                continue
+            part, stretch = g[:, columns], sigma.to(g.dtype)
+            if needs[3 * index + 2] and y is not None:
+                own = y[:, columns] if bias is None else y[:, columns] - bias[columns]
+                grads[3 * index + 2] = _along(part, own, 1 + stretch.to(sigma.dtype))
+            elif needs[3 * index + 2]:
+                assert x is not None
+                z = F.linear(x, full[columns]).addmm_(lows[index], b.t(), alpha=scale)
+                grads[3 * index + 2] = z.mul_(part).sum(0).to(sigma.dtype)
+            if part.shape == g.shape:
+                whole = torch.addcmul(g, g, stretch)
+            else:
+                whole = g.clone() if whole is g else whole
+                whole[:, columns].addcmul_(part, stretch)
+        dx = _through(plan, whole, full) if needs_x else None
+        for index, (a, b, _, (scale, share, seed, columns)) in enumerate(_each(factors, plan)):
+            part = whole[:, columns]
             # Thin products are fastest this way round: (R, N) and not (N, R).
             lower = _scaled(b.t(), part.t(), scale)
-            da = db = None
-            if needs[2 * index]:
+            if needs[3 * index]:
                 assert x is not None
-                da = lower @ plan.drop(x, share, seed)
-            if needs[2 * index + 1]:
-                db = _scaled(lows[index].t(), part, scale).t()
+                grads[3 * index] = lower @ plan.drop(x, share, seed)
+            if needs[3 * index + 1]:
+                grads[3 * index + 1] = _scaled(lows[index].t(), part, scale).t()
             if dx is not None and share:
                 dx += plan.drop(lower.t() @ a, share, seed)
             elif dx is not None:
                 dx.addmm_(lower.t(), a)
-            grads += [da, db]
         return None, None, g.sum(0) if needs_bias else None, None, None, *grads
 
 
@@ -196,8 +247,11 @@ def with_products(
     terms: list[Term],
     drop: Drop,
     readers: Readers,
+    keeps: bool = False,
 ) -> Tensor:
     """X Wᵀ + c with every product added: x (…, D_in), the result (…, D_out).
+
+    The columns of a product with a stretch are no other's.
 
     Args:
         x: The input.
@@ -206,24 +260,32 @@ def with_products(
         terms: The products.
         drop: Where masks of dropout are looked up.
         readers: Where others that read x are looked up.
+        keeps: Keep y for the gradients of stretches, not compute it again.
     """
     held = None if callable(weight) else weight
     unpack = weight if callable(weight) else None
     source, (read, shared) = made(x), readers.of(x)
     again, parts = (source.again, source.parts) if source else (None, ())
-    plan = _Plan(unpack, drop, shared, again, [term[2:] for term in terms], x.shape)
-    factors = [factor for term in terms for factor in term[:2]]
+    plan = _Plan(unpack, drop, shared, again, [term[2:6] for term in terms], x.shape, keeps)
+    factors = [each for term in terms for each in (term.a, term.b, term.stretch)]
     return _Linear.apply(read, held, bias, parts, plan, *factors)  # type: ignore[return-value]
 
 
-def _through(plan: _Plan, g: Tensor, weight: Tensor | None) -> Tensor:
+def _through(plan: _Plan, g: Tensor, weight: Tensor) -> Tensor:
     """The gradient (N, D_in) of x with this layer's part, in the shared tensor itself."""
-    weight = plan.unpack() if weight is None else weight  # type: ignore[misc]
     shared = plan.shared
     if shared.grad is None:
         shared.grad = (g @ weight).view(plan.shape)
         return shared.grad.view(-1, plan.shape[-1])
     return shared.grad.view(-1, plan.shape[-1]).addmm_(g, weight)
+
+
+def _along(g: Tensor, y: Tensor, length: Tensor) -> Tensor:
+    """The gradient (D,) of a stretch from what was stretched, y = length ⊙ z: Σ g ⊙ z over rows.
+
+    A column that was stretched to nothing tells nothing of it.
+    """
+    return (g * y).sum(0).to(length.dtype) / length.masked_fill(length == 0, 1)
 
 
 def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -232,4 +294,4 @@ def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def _each(factors: Any, plan: _Plan) -> Any:
-    return zip(factors[::2], factors[1::2], plan.terms, strict=True)
+    return zip(factors[::3], factors[1::3], factors[2::3], plan.terms, strict=True)

@@ -130,8 +130,8 @@ def _slope(logits: Tensor, labels: Tensor, into: Tensor, nats: Tensor, smoothing
     which the sum of exponentials is known, is so taken from the other shares where it is near 1:
     the loss of a word that is all but certain has the precision of its own size.
     """
-    width, wide, at = logits.shape[1], nats.dtype, labels[:, None]
-    right = logits.gather(1, at)[:, 0].to(wide)
+    width, wide = logits.shape[1], nats.dtype
+    right = logits.gather(1, labels[:, None])[:, 0].to(wide)
     mean = logits.mean(1, dtype=wide) if smoothing else right
     top = logits.amax(1).to(wide)
     torch.softmax(logits, 1, out=into)
@@ -142,7 +142,9 @@ def _slope(logits: Tensor, labels: Tensor, into: Tensor, nats: Tensor, smoothing
     if smoothing:
         into.sub_(smoothing / width)
     slope = torch.expm1(right - total).add_(smoothing - smoothing / width)
-    into.scatter_(1, at, slope[:, None].to(into.dtype))
+    # Not `scatter_`, which copies the whole of a bf16 tensor on a CPU, twice.
+    rows = torch.arange(len(labels), device=labels.device)
+    into.index_put_((rows, labels), slope.to(into.dtype))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

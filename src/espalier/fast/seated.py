@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from espalier import hosts
 from espalier.deltas import Delta
-from espalier.fast.decoding import adds_a_product, side_by_side
+from espalier.fast.decoding import is_product, side_by_side
 from espalier.fast.linear import Term, with_products
 from espalier.fast.switch import enabled
+from espalier.plain.directed import lengths
 
 if TYPE_CHECKING:
     from espalier.seat import Seat
@@ -30,7 +31,21 @@ def takes(seat: Seat, live: Live, args: tuple[Any, ...], kwargs: dict[str, Any])
     x, host = args[0], seat.host
     if not live or not hosts.multiplies(host, x) or torch.is_autocast_enabled(x.device.type):
         return False
-    return all(adds_a_product(delta) and side_by_side(delta) for delta, _ in live)
+    if any(delta.stretches for delta, _ in live) and not _stretchable(seat, live):
+        return False
+    return all(is_product(delta) and side_by_side(delta) for delta, _ in live)
+
+
+def _stretchable(seat: Seat, live: Live) -> bool:
+    """Whether what stretches is alone on its columns and neither weighed nor behind dropout."""
+    rows = [delta.site.rows for delta, _ in live]
+    starts = {None if one is None else one.start for one in rows}
+    alone = len(live) == 1 or (None not in starts and len(starts) == len(live))
+    return alone and all(
+        weight == 1 and not (delta.dropout and seat.host.training)  # type: ignore[attr-defined]
+        for delta, weight in live
+        if delta.stretches
+    )
 
 
 def output(seat: Seat, live: Live, x: Tensor) -> Tensor:
@@ -40,11 +55,29 @@ def output(seat: Seat, live: Live, x: Tensor) -> Tensor:
     drop = seat.graft.drop
     terms: list[Term] = []
     for delta, weighed in live:
-        product = delta.product(hosts.tensors(delta, x, host))
+        t = hosts.tensors(delta, x, host)
+        if delta.stretches:
+            t["length"] = _length(seat, delta, t["weight"])
+        product = delta.product(t)
         assert product is not None
         share = product.dropout if host.training else 0.0
         seed = drop.seed(x, delta) if share else 0
         rows = delta.site.rows
         columns = slice(None) if rows is None else slice(rows.start, rows.stop)
-        terms.append(Term(*product[:2], product.scale * weighed, share, seed, columns))
-    return with_products(x, weight, bias, terms, drop, seat.graft.readers)
+        a, b, scale, _, stretch = product
+        terms.append(Term(a, b, scale * weighed, share, seed, columns, stretch))
+    # What a feed-forward computes next keeps its input anyway, and its products are dear to repeat.
+    keeps = live[0][0].site.role.startswith("ffn")
+    return with_products(x, weight, bias, terms, drop, seat.graft.readers, keeps)
+
+
+def _length(seat: Seat, delta: Delta, weight: Tensor) -> Tensor:
+    """The lengths of a frozen weight's rows, measured again only where it may be another."""
+    own = seat.host.weight
+    assert isinstance(own, Tensor)
+    stamp = (own.data_ptr(), 0 if own.is_inference() else own._version, weight.dtype, weight.device)
+    key = (seat.path, delta.site.rows)
+    held = seat.graft.lengths.get(key)
+    if held is None or held[0] != stamp:
+        held = seat.graft.lengths[key] = stamp, lengths(weight)
+    return held[1]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from espalier.deltas import Delta, Tensors, Trained
+from espalier.deltas import Delta, Product, Tensors, Trained
 from espalier.places import Site
 from espalier.plain.lowrank import dropped, factors
 
@@ -26,6 +26,7 @@ class Directed(Delta):
     """
 
     reads_host = True
+    stretches = True
 
     def __init__(self, site: Site, scale: float, dropout: float = 0.0, **numbers: Trained) -> None:
         super().__init__(site, **numbers)
@@ -43,18 +44,25 @@ class Directed(Delta):
         # Written as what is added, so that bf16 rounds the change and not the sum.
         return y + low + self.stretch(t).to(y.dtype) * (product + low)
 
+    def product(self, t: Tensors) -> Product:
+        """Its factors, and how much longer each row gets."""
+        return Product(*factors(t), self.scale, self.dropout, self.stretch(t))
+
     def stretch(self, t: Tensors) -> Tensor:
-        """How much longer each row gets, m / ρ − 1 (D_out,), at least fp32."""
+        """How much longer each row gets, m / ρ − 1 (D_out,), at least fp32.
+
+        Where t has the rows' own "length", as `lengths` gives it, it is not taken again.
+        """
         w = t["weight"]
-        wide = torch.promote_types(w.dtype, torch.float32)
         with torch.no_grad():
             a, b = factors(t)
-            length = torch.linalg.vector_norm(w, dim=1, dtype=wide)
-            cross = (F.linear(w, a).to(wide) * b).sum(1)
-            square = ((b @ (a @ a.T)).to(wide) * b).sum(1)
-            more = 2 * self.scale * cross + self.scale**2 * square  # ρ² − ‖W‖²
+            length = t["length"] if "length" in t else lengths(w)
+            wide = length.dtype
+            # ρ² − ‖W‖² = 2s ⟨W, BA⟩ + s² ‖BA‖², row by row
+            both = torch.addmm(F.linear(w, a), b, a @ a.T, beta=2 * self.scale, alpha=self.scale**2)
+            more = (both.to(wide) * b).sum(1)
             tiny = torch.finfo(wide).tiny  # a row of zeros has no direction: it stays zero
-            rho = (length.square() + more).clamp_min(tiny).sqrt()
+            rho = torch.addcmul(more, length, length).clamp_min_(tiny).sqrt_()
             fall = more / (rho + length)  # ρ − ‖W‖ without cancellation
         return (t["m"].to(wide) - fall) / rho
 
@@ -75,3 +83,9 @@ class Directed(Delta):
     def changed(self, host: nn.Module) -> tuple[int, int | None]:
         """The whole slice of the weight; stretched rows bound no rank."""
         return self.site.n_in * self.site.n_out, None
+
+
+def lengths(w: Tensor) -> Tensor:
+    """‖row‖ (D_out,) of a weight (D_out, D_in), at least fp32."""
+    wide = torch.promote_types(w.dtype, torch.float32)
+    return torch.linalg.vector_norm(w, dim=1, dtype=wide)
