@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from espalier.caches import cache_in, words_in
 from espalier.deltas import Batch, Delta
 from espalier.errors import AdapterError
 from espalier.modules import base_modules
@@ -320,15 +321,16 @@ def _wide_mask(mask: Tensor, gaps: tuple[int, int, int]) -> Tensor:
 
 def _held(given: Mapping[str, Any], length: int, size: int) -> int:
     """How many words, prompts among them, the cache holds that the stack goes on from."""
-    cache, states = given.get("past_key_values"), given.get("cache_params")
+    _, cache = cache_in(given)
     if getattr(cache, "is_compileable", False):
         raise AdapterError(
             "a cache of fixed size has no room for a soft prompt; leave cache_implementation out"
         )
-    if states is not None and states.has_previous_state():  # recurrent: it counts no words
+    words = words_in(cache)
+    if words is None:
         mask = given.get("attention_mask")
         return 1 + length if mask is None else mask.shape[1] + length - size
-    return 0 if cache is None else cache.get_seq_length()
+    return words
 
 
 def _shape(mask: object) -> str:

@@ -150,7 +150,7 @@ def _joined(seat: Seat, live: Live) -> tuple[Tensor, Tensor]:
     """All factors of one choice at a seat, side by side: (R, D_in), and scaled (R, D_out)."""
     downs, ups = [], []
     for delta, weight in ((d, w) for name, w in live for d in seat.deltas.get(name, ())):
-        a, b, scale, _ = product(delta)
+        a, b, scale = product(delta)[:3]
         up, rows = b.t() * (scale * weight), delta.site.rows
         if rows is not None:
             up = rows.place(up.new_zeros(len(up), rows.groups * rows.width), up)

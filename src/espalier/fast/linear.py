@@ -202,7 +202,8 @@ class _Linear(torch.autograd.Function):
             plan.shared.left -= 1
             x = plan.shared.again(plan.again, held)
         full = weight
-        if full is None and (needs_x or any(needs[2::3])):
+        full: Any = weight
+        if weight is None and (needs_x or any(needs[2::3])):
             full = plan.unpack()  # type: ignore[misc]
         y = kept[0] if kept and ctx.witness.intact else None
         grads: list[Tensor | None] = [None] * len(needs)

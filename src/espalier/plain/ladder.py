@@ -19,11 +19,12 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from espalier.caches import cache_in
 from espalier.deltas import Batch, Call, Delta, Tensors, Trained
 from espalier.errors import AdapterError
 from espalier.places import Site
 from espalier.plain.ladder_prune import Pruning
-from espalier.plain.ladder_side import SideBlock, buffered, cache_of, handed_on, places_in
+from espalier.plain.ladder_side import SideBlock, buffered, handed_on, places_in
 
 
 class Bridge:
@@ -180,7 +181,8 @@ class Ladder(Delta):
         training: bool,
     ) -> Any:
         """What side block i gives for v; run again in the backward pass where that is asked."""
-        side, (name, cache) = self.blocks[i], cache_of(call, self.blocks[i].takes)
+        side = self.blocks[i]
+        name, cache = cache_in({**dict(zip(side.takes, call.args, strict=False)), **call.kwargs})
         again = self.recompute and training and torch.is_grad_enabled()
         if again and cache is not None and cache.get_seq_length() <= v.shape[1]:
             cache, instead = None, {**instead, name: None}  # it would be written to twice

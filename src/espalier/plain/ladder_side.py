@@ -37,7 +37,6 @@ _WIDE = (
 )
 # What the first block of a stack makes for those after it, and its place among what a block gives.
 _HANDED_ON = {"position_bias": 1, "encoder_decoder_position_bias": 2}
-_CACHE = ("past_key_values", "past_key_value", "layer_past")
 
 
 def width_of_heads(block: nn.Module) -> int | None:
@@ -251,15 +250,6 @@ def handed_on(trunk: Call, takes: Sequence[str], last: Any) -> dict[str, Any]:
         if name in takes and given.get(name) is None:
             handed[name] = last[at] if isinstance(last, tuple) and len(last) > at else None
     return handed
-
-
-def cache_of(call: Call, takes: Sequence[str]) -> tuple[str, Any]:
-    """The cache that a block was given, after the name it was given by; ("", None) without one."""
-    given = {**dict(zip(takes, call.args, strict=False)), **call.kwargs}
-    for name in _CACHE:
-        if given.get(name) is not None:
-            return name, given[name]
-    return "", None
 
 
 def places_in(cache: Any, mark: str, kept: Sequence[int], tokens: int) -> int:

@@ -116,7 +116,7 @@ def _refuse_others(model: nn.Module) -> None:
     why = ""
     if task == "SEQ_2_SEQ_LM" or len(sites(model).notes.stacks) > 1:
         why = "its prefix of an encoder-decoder reaches the decoder's own attention alone"
-    elif task is None or "past_key_values" not in names(model):
+    elif task is None or not {"cache", "past_key_values"} & set(names(model)):
         why = f"it hands over a prefix as a cache of its tasks' models, and {name} takes none"
     elif window is not None:
         why = f"in {name} the text leaves a prefix behind by {window}"
