@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +91,21 @@ def test_under_checkpointing_too(family: str, reentrant: bool) -> None:
     whole = gradients(model, BY_NAME[family].batch())
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     agree(gradients(model, BY_NAME[family].batch()), whole, 1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_leaves_nothing_behind(reentrant: bool) -> None:
+    model, data = BY_NAME["llama"].make().train(), BY_NAME["llama"].batch()
+    esp.attach(model, "LoRA(rank=4)")
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    gradients(model, data)
+    model.zero_grad()
+    gc.collect()
+    known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    known |= {t.untyped_storage().data_ptr() for t in data.values()}
+    wide = (model.config.hidden_size,)
+    tensors = [t for t in gc.get_objects() if type(t) is Tensor and t.shape[-1:] == wide]
+    assert not [t.shape for t in tensors if t.untyped_storage().data_ptr() not in known]
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])

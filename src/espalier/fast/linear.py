@@ -47,7 +47,8 @@ class Shared:
     place, and a tensor that was made from others is made again once for all of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, readers: Readers) -> None:
+        self._readers = weakref.ref(readers)
         self._grad: Tensor | None = None
         self._pass = -1  # the backward pass that added it up
         self.left = 0  # linears whose backward is to come
@@ -61,6 +62,12 @@ class Shared:
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
         self._grad, self._pass = value, torch._C._current_graph_task_id()
+
+    def done(self) -> None:
+        """Let go of what a checkpoint has read again for the backward pass that runs."""
+        readers = self._readers()
+        if readers is not None:
+            readers.rest()
 
     def again(self, how: Again | None, held: Sequence[Tensor]) -> Tensor:
         """The tensor (N, D_in) from what was held of it."""
@@ -84,6 +91,7 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, None]:  # type: ignore[override]
         shared: Shared = ctx.shared
+        shared.done()
         added, shared.grad = shared.grad, None
         if g is None or added is None:
             return added if g is None else g, None
@@ -108,7 +116,7 @@ class Readers:
         # Read without a graph it has none to share; written to since, it is another.
         stamp = torch.is_grad_enabled(), 0 if x.is_inference() else x._version
         if latest is None or latest[0]() is not x or latest[1] != stamp:
-            shared = Shared()  # holds no tensor that leads to it, or it would outlive the step
+            shared = Shared(self)  # holds no tensor that leads to it, or it would outlive the step
             read: Tensor = _Read.apply(x, shared) if x.requires_grad else x  # type: ignore[assignment]
             self._latest = latest = weakref.ref(x), stamp, read, shared
         return latest[2:]
