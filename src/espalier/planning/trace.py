@@ -3,7 +3,7 @@
 A dispatch mode sees every operation under it, on real tensors as on fake ones, which have shapes
 and no memory: so a step of a model of any size is counted where nothing is allocated. Each storage
 is noted once, with the operation that made it and the one after which it was gone. What a kernel
-allocates and frees within itself is not seen, except for those that are named here.
+allocates within itself is not seen, except by those that are named here and in `panels`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from espalier.planning.panels import Panels
 
 aten = torch.ops.aten
 
@@ -51,6 +53,7 @@ class Course:
         flops: Floating-point operations of matrix products and attention, a multiply-add as two.
         moved: Bytes that all operations read and wrote.
         kernels: Operations that compute something.
+        panels: What the matrix library has kept.
     """
 
     held: list[Held] = field(default_factory=list)
@@ -60,6 +63,7 @@ class Course:
     flops: int = 0
     moved: int = 0
     kernels: int = 0
+    panels: Panels = field(default_factory=lambda: Panels(torch.get_num_threads()))
 
     def line(self) -> list[int]:
         """Bytes held while each operation ran, the state before the first one included."""
@@ -179,6 +183,7 @@ class Tracer(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         read = made if packet in _PICKS else given
         course.moved += touched(read) + touched(made)
+        course.panels.see(packet, args)
         if packet in flop_registry:
             course.flops += flop_registry[packet](*args, **kwargs, out_val=out)
             return
