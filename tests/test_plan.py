@@ -126,7 +126,13 @@ def test_the_line_of_what_is_held() -> None:
     line = tracer.course.line()
     assert max(line) == 4 * (32 + 16 + 8)
     assert line[-1] == 4 * (8 + 8 + 16) - 4 * 16  # the two results
-    assert tracer.course.flops == 2 * 4 * 8 * 2
+    work = tracer.course.work
+    assert (work.kernels, work.gemms) == (4, 1)  # two fillings, a product, a sum
+    assert work.flops == 2 * 4 * 8 * 2
+    assert work.fed == 4 * (4 * 8 + 8 * 2 + 4 * 2)
+    with Tracer({}, 0) as again:
+        y.addmm_(torch.ones(4, 8), torch.ones(8, 2))
+    assert again.course.work.flops == work.flops  # in place it is the same product
 
 
 @pytest.fixture

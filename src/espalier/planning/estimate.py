@@ -182,15 +182,15 @@ def _watched(rehearsal: Rehearsal, setup: Setup) -> Plan:
     parts = {name: found.get(name, 0) for name in PARTS}
     looking = rehearsal.look(setup, setup.eval_batch or 2 * setup.batch)
     looked = max(looking.line()) + max(course.panels.bytes, looking.panels.bytes)
-    trained = rehearsal.trained
+    trained, work = rehearsal.trained, course.work
     return Plan(
         setup=setup,
         parts=parts,
         saved=course.saved(),
         evaluation=looked + parts["optimiser"] + best,
-        flops=course.flops * setup.accumulate,
+        flops=work.flops * setup.accumulate,
         # AdamW reads and writes numbers and moments and reads gradients.
-        moved=course.moved * setup.accumulate + 2 * parts["optimiser"] + 12 * trained,
+        moved=(work.moved + work.fed) * setup.accumulate + 2 * parts["optimiser"] + 12 * trained,
         trained=trained,
         total=rehearsal.numbers,
     )
