@@ -148,7 +148,7 @@ def contenders(high: int) -> dict[str, tuple[str, dict[str, Any]]]:
 
 def contender(method: str, settings: dict[str, Any]) -> Ours:
     """A loop as `espalier train` makes it, its trunk cache filled, before its first step."""
-    config = RunConfig(method=method, epochs=1000, quiet=True, **settings)
+    config = RunConfig(method=method, epochs=1000, quiet=True, precision="fp32", **settings)
     parts, out = recipe(config.method), run._set_out(config, None)
     data = read_data(config)
     tokenizer = models.load_tokenizer(config.model)
