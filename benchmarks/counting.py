@@ -1,9 +1,8 @@
 """What one training step does, counted instead of timed: the same on every machine, to the bit.
 
-Kernels are the ATen operations dispatched that compute something (no views, no bare allocations).
-GEMMs are matrix products and convolutions, with their floating-point operations. Bytes moved are
-what all other kernels read and write. Bytes saved are the storages that autograd keeps between
-forward and backward, each once, parameters left out.
+Kernels, GEMMs, FLOPs and bytes are counted as `espalier plan` does; bytes moved are those of all
+kernels that are no GEMMs. Bytes saved are the storages that autograd keeps between forward and
+backward, each once, parameters left out.
 """
 
 from __future__ import annotations
@@ -16,38 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
-from espalier.planning.trace import touched
-
-aten = torch.ops.aten
-GEMMS = (
-    *(aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.baddbmm_),
-    *(aten.convolution, aten.convolution_backward),
-)
-_PLAIN = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}
-# Only allocate, only relabel, or only hand a number to Python.
-_IDLE = (
-    aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided,
-    aten._unsafe_view, aten.lift_fresh, aten._local_scalar_dense,
-)  # fmt: skip
-# Read no more of their table than they write.
-_PICKS = (aten.embedding, aten.gather, aten.index_select, aten.nll_loss_forward)
-# Write no more of their table than they are given.
-_PUTS = (aten.scatter_, aten.scatter_add_, aten.index_put_)
-# Write whole what they do not read whole.
-_FILLS = (aten.nll_loss_backward,)
+from espalier.planning.work import GEMMS, Work
 
 
 @dataclass(slots=True)
-class Counts:
-    """One step's work; bytes are bytes, FLOPs count a multiply-add as two."""
+class Counts(Work):
+    """One step's work, and the bytes that it saves for backward."""
 
-    kernels: int = 0
-    gemms: int = 0
-    flops: int = 0
-    moved: int = 0
     saved: int = 0
 
 
@@ -61,38 +36,8 @@ class _Counter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        packet = func.overloadpacket
-        if func.is_view or packet in _IDLE:
-            return out
-        self.counts.kernels += 1
-        if packet in GEMMS:
-            self.counts.gemms += 1
-            self.counts.flops += flop_registry[_PLAIN.get(packet, packet)](
-                *args, **kwargs, out_val=out
-            )
-            return out
-        written = touched(_tensors(out) or _changed(func, args, kwargs))
-        if packet in _PICKS:
-            read = written
-        elif packet in _PUTS:
-            read = written = 2 * touched(_tensors(args[2:3]))
-        elif packet in _FILLS:
-            read = 0
-        else:
-            read = touched(_tensors((args, kwargs)))
-        self.counts.moved += read + written
+        self.counts.see(func, args, kwargs, out)
         return out
-
-
-def _changed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """What an operation without results writes to (the fused optimiser steps)."""
-    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-    marked = (a.name for a in func._schema.arguments if a.alias_info and a.alias_info.is_write)
-    return _tensors([given.get(name) for name in marked])
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def count(
@@ -148,7 +93,8 @@ def products(step: Callable[[], object]) -> tuple[Callable[[], None], Counts]:
     """What does a step's matrix products again, alone, on numbers of its own; and their counts."""
     with _Recorder() as recorder:
         step()
-    counts = Counts(len(recorder.made), recorder.counts.gemms, recorder.counts.flops)
+    made = recorder.counts
+    counts = Counts(len(recorder.made), made.gemms, made.flops)
 
     def again() -> None:
         for one in recorder.made:

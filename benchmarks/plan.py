@@ -3,10 +3,13 @@
     python benchmarks/plan.py [--markdown FILE] [--json FILE] [--only NAME]
 
 Each is predicted from its configuration, then trained two steps in a process of its own on random
-weights. Measured is the most memory that was ever resident (VmHWM, reset once the model, its
-adapter and the optimiser stand), less what was resident then. The C library is told to give large
-blocks back when they are freed (MALLOC_MMAP_THRESHOLD_), or memory that it keeps would be counted
-as the step's. Predicted is the plan's peak without weights, buffers and the adapter's numbers.
+weights. Measured is the most memory that the second step holds (VmHWM), less what the process held
+once the model, its adapter and the optimiser stood, without pages of files: the code of torch's
+libraries, which is read in as the first step calls it, belongs to the page cache, is shared by all
+processes and counts as free memory. It stands in a column of its own. The C library is told to
+give large blocks back when they are freed (MALLOC_MMAP_THRESHOLD_), or memory that it keeps would
+be counted as the step's. Predicted is the plan's peak without weights, buffers and the adapter's
+numbers.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import torch
 
 from measure import Report, setting, write_json
 
+SHOWN = ("weights", "optimiser", "gradients", "activations", "logits", "workspace", "libraries")
 ENV = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
@@ -93,8 +97,8 @@ def resident(name: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
-def step_memory(case: Case, folder: str) -> int:
-    """Train two steps in this process; the most memory above what stood before them."""
+def step_memory(case: Case, folder: str) -> dict[str, int]:
+    """Train two steps in this process; what they add to its own memory, and to that of files."""
     import transformers
 
     import espalier as esp
@@ -116,10 +120,10 @@ def step_memory(case: Case, folder: str) -> int:
     model.train()
     gc.collect()
     give_back()
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    own, files = resident("RssAnon"), resident("RssFile")
     with checkpointed(model, case.settings.get("checkpointing", False)):
         for _ in range(2):
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
             given = inputs(task, batch, torch.device("cpu"), model.dtype)
             loss = task.loss(model(**given), batch) * 1.0
             loss.backward()
@@ -127,7 +131,8 @@ def step_memory(case: Case, folder: str) -> int:
             torch.nn.utils.clip_grad_norm_(esp.parameters(model), 1.0)
             made.step()
             made.zero_grad(set_to_none=True)
-    return resident("VmHWM") - before
+    now = resident("RssFile")
+    return {"measured": resident("VmHWM") - now - own, "files": now - files}
 
 
 def give_back() -> None:
@@ -162,6 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
         name, folder = given.child
         print(json.dumps(step_memory(_case(name, given.tiny), folder)))
         return
+    torch.set_num_threads(1)  # what is planned is measured with one
     rows, found = [], {}
     for name in CASES:
         if given.only and given.only not in name:
@@ -173,15 +179,12 @@ def main(arguments: list[str] | None = None) -> None:
             measured = _in_own_process(name, folder, given.tiny)
         parts = told["parts"]
         step = told["peak"] - parts["weights"] - parts["adapter"]
-        found[name] = {"predicted": step, "measured": measured, **told}
-        shown = [f"{parts[part] / 1e6:,.0f}" for part in ("weights", "optimiser", "gradients",
-                 "activations", "logits", "workspace")]  # fmt: skip
-        numbers = (f"{step / 1e6:,.1f}", f"{measured / 1e6:,.1f}", f"{step / measured:.3f}")
-        rows.append([name, *numbers, *shown])
-    columns = [
-        "configuration", "step, predicted (MB)", "measured", "ratio", "weights", "optimiser",
-        "gradients", "activations", "logits", "workspace",
-    ]  # fmt: skip
+        found[name] = {"predicted": step, **measured, **told}
+        taken, files = measured["measured"], measured["files"]
+        sizes = [f"{size / 1e6:,.1f}" for size in (step, taken, files)]
+        sizes.insert(2, f"{step / taken:.3f}")
+        rows.append([name, *sizes, *(f"{parts[part] / 1e6:,.0f}" for part in SHOWN)])
+    columns = ["configuration", "step, predicted (MB)", "measured", "ratio", "code read in", *SHOWN]
     report = Report("Planned and measured peak memory of a training step", setting())
     report.table("Above the loaded model, fp32; parts in MB at the planned peak", columns, rows)
     report.write(given.markdown)
@@ -198,13 +201,13 @@ def _case(name: str, tiny: bool) -> Case:
     return Case(case.family, method, 2, 8, case.settings)
 
 
-def _in_own_process(name: str, folder: str, tiny: bool) -> int:
+def _in_own_process(name: str, folder: str, tiny: bool) -> dict[str, int]:
     words = [sys.executable, __file__, "--child", name, folder, *(["--tiny"] if tiny else [])]
     env = {**os.environ, **ENV, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
-    return int(json.loads(done.stdout.splitlines()[-1]))
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ NAMES = (
     "real_text",
     "loss",
     "plan",
+    "trunk_cache",
 )
 
 
@@ -94,9 +95,23 @@ def test_plan(tmp_path: Path) -> None:
     arguments = ["--tiny", "--only", "BERT", "--json", str(out), "--markdown", str(table)]
     _import("plan").main(arguments)
     (found,) = json.loads(out.read_text()).values()
-    assert found["measured"] > 0
+    assert found["measured"] > 0 <= found["files"]
     assert 0 < found["predicted"] < found["peak"]
     assert "| BERT-like, LoRA on the top 2 layers |" in table.read_text()
+
+
+@pytest.mark.usefixtures("scripts")
+def test_trunk_cache(tmp_path: Path) -> None:
+    out, table = tmp_path / "trunk.json", tmp_path / "trunk.md"
+    arguments = ["--random", "--size", "tiny", "--length", "12", "--limit", "16", "--batch", "4"]
+    arguments += ["--rounds", "1", "--top", "1", "--only", "ladder, cached"]
+    _import("trunk_cache").main([*arguments, "--json", str(out), "--markdown", str(table)])
+    found = json.loads(out.read_text())
+    assert [*found][1:] == ["peft's LoRA, all layers", "LoRA, all layers", "ladder, cached"]
+    assert all(one["epoch"]["median"] > 0 for one in [*found.values()][1:])
+    # Two states of 32 bf16 numbers and one that starts, of each of 12 tokens in 16 + 4 rows.
+    assert found["ladder, cached"]["kept_bytes"] == 3 * 32 * 2 * 12 * (16 + 4)
+    assert "| ladder, cached |" in table.read_text()
 
 
 @pytest.mark.usefixtures("scripts")

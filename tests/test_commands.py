@@ -179,6 +179,7 @@ def test_a_stopped_run_says_how_to_go_on(
     assert said.code == 130
     again = f"espalier train --config {run / 'config.yaml'} --resume"
     assert again in said.err
+    assert "step 2 is the last that was saved" in said.err
     assert espalier(*again.split()[1:]).code == 0
     assert len(read_rows(run / "metrics.jsonl")) >= 4
 
@@ -263,6 +264,7 @@ def test_generate_refuses_what_makes_no_sense(world: World, espalier: Command) -
     espalier.fails(*ask, "--temperature", -1, saying=["temperature must be at least 0"])
     espalier.fails("generate", world.classifier, "--prompt", "x", saying=["use: espalier predict"])
     espalier.fails("generate", world.writer, saying=["--prompt or --data"])
+    espalier.fails("generate", world.writer, "3 and", "4", saying=["--prompt '3 and 4'"])
 
 
 def test_chat_answers_line_by_line(

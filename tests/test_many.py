@@ -255,6 +255,77 @@ def test_the_launcher_refuses_what_cannot_be(words: str, said: str, capsys: Any)
     assert said in capsys.readouterr().err
 
 
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What processes would have been started with."""
+    words: list[list[str]] = []
+
+    def stand_in(args: Any) -> None:
+        words.append(list(args.training_script_args))
+
+    monkeypatch.setattr("accelerate.commands.launch.multi_gpu_launcher", stand_in)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the launcher sets both, for its processes
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    return words
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--rang", "3"], "did you mean '--rank'"),
+        (["--rank", "none"], "rank must be a whole number"),
+        (["--batch", "0"], "batch must be at least 1"),
+        (["--method", "lorra"], "no method 'lorra'"),
+    ],
+)
+def test_mistakes_are_said_once_before_processes_start(
+    words: list[str], said: str, started: list[list[str]], capsys: Any
+) -> None:
+    common = ["launch", "--cpu", "--num-processes", "2", "--model", "m", "--train", "t.csv"]
+    assert main([*common, *words]) == 2
+    assert capsys.readouterr().err.count(said) == 1
+    assert started == []
+    assert main(common) == 0
+    assert len(started) == 1
+
+
+def test_the_launcher_chooses_the_folder_and_keeps_a_chosen_one(
+    started: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    common = ["launch", "--cpu", "--num-processes", "2", "--model", "m", "--train", "mail.csv"]
+    assert main(common) == main([*common, "--out", "mine"]) == 0
+    assert [words[words.index("--out") + 1] for words in started] == ["runs/mail-lora", "mine"]
+
+
+def test_a_stopped_launch_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    run = tmp_path / "run"
+
+    def stopped(_: Any) -> None:
+        (run / "state" / "step-40").mkdir(parents=True)
+        (run / "state" / "step-40" / "run.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("accelerate.commands.launch.multi_gpu_launcher", stopped)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    words = ["--cpu", "--num-processes", "2", "--model", "m", "--train", "t.csv", "--out", run]
+    assert main(["launch", *map(str, words)]) == 130
+    said = " ".join(capsys.readouterr().err.split())
+    assert "step 40 is the last that was saved" in said
+    again = f"espalier launch --num-processes 2 --cpu --config {run / 'config.yaml'} --resume"
+    assert again in said
+    assert said.count("Stopped") == 1
+    # The words that it names are such as it takes.
+    (run / "config.yaml").write_text(esp.RunConfig(model="m", train="t.csv", out=run).to_yaml())
+    started: list[Any] = []
+    monkeypatch.setattr("accelerate.commands.launch.multi_gpu_launcher", started.append)
+    assert main(again.split()[1:]) == 0
+    assert started[0].num_processes == 2
+
+
 def test_one_process_runs_without_a_launcher(folder: Path, capsys: Any) -> None:
     words = ["--model", str(folder / "base"), "--train", str(folder / "rows.jsonl"), "--dry-run"]
     assert main(["launch", "--cpu", *words, "--batch", "4", "--rank", "3", "--threads", "1"]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers as tf
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import espalier as esp
 import table
@@ -124,7 +126,52 @@ def test_the_line_of_what_is_held() -> None:
     line = tracer.course.line()
     assert max(line) == 4 * (32 + 16 + 8)
     assert line[-1] == 4 * (8 + 8 + 16) - 4 * 16  # the two results
-    assert tracer.course.flops == 2 * 4 * 8 * 2
+    work = tracer.course.work
+    assert (work.kernels, work.gemms) == (4, 1)  # two fillings, a product, a sum
+    assert work.flops == 2 * 4 * 8 * 2
+    assert work.fed == 4 * (4 * 8 + 8 * 2 + 4 * 2)
+    with Tracer({}, 0) as again:
+        y.addmm_(torch.ones(4, 8), torch.ones(8, 2))
+    assert again.course.work.flops == work.flops  # in place it is the same product
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_what_products_leave_with_the_library(threads: Callable[[int], None]) -> None:
+    def left(*products: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> int:
+        with FakeTensorMode(), Tracer({}, 0) as tracer:
+            for rows, inner, columns in products:
+                torch.empty(rows, inner, dtype=dtype) @ torch.empty(inner, columns, dtype=dtype)
+        return tracer.course.panels.bytes
+
+    small, large = (1024, 256, 512), (1024, 256, 2048)
+    threads(1)
+    assert left(small) == 4 * 256 * (512 + 400)
+    assert left(large, small, large) == left(large)  # what fits takes what is there
+    assert left(small, large) == left(small) + left(large)  # what does not gets its own
+    assert left((1024, 256, 10**6)) == left((1024, 256, 10**7))  # a panel at a time
+    assert left((64, 256, 512)) == 0
+    assert left(small, dtype=torch.bfloat16) == 0
+    threads(2)
+    assert left((64, 256, 512)) > 0
+    threads(4)
+    assert left(large) == 4 * 4 * 256 * (512 + 400)  # columns are shared out, rows are not
+
+
+def test_libraries_are_a_part_of_the_plan(threads: Callable[[int], None]) -> None:
+    model = zoo.llama()
+    threads(1)
+    one = esp.plan(model, "LoRA()", batch=64, length=16, device="cpu")
+    threads(4)
+    four = esp.plan(model, "LoRA()", batch=64, length=16, device="cpu")
+    more = four.parts["libraries"] - one.parts["libraries"]
+    assert one.parts["libraries"] > 0 < more
+    assert four.peak - one.peak == more == four.evaluation - one.evaluation
 
 
 def test_more_of_everything_takes_more_and_checkpointing_less() -> None:

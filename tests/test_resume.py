@@ -15,7 +15,7 @@ import pytest
 import espalier as esp
 import tiny_runs as tiny
 from espalier.errors import CheckpointError, SettingError
-from espalier.training import RunConfig
+from espalier.training import RunConfig, state
 from espalier.training.record import TIME_FIELDS
 
 # Steps: 6 an epoch; states after 4, 8, …, and the last. The third save is that of step 12.
@@ -118,6 +118,28 @@ def test_other_settings_are_refused_by_name(
     tensors.write_bytes(tensors.read_bytes()[:200])
     with pytest.raises(CheckpointError, match="cannot be read"):
         esp.train(RunConfig.from_yaml(path, {"out": out, "resume": True}))
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        ({"method": "LoRA", "rank": 4, "sites": "ffn.*"}, "  method.rank: was 8, now 4"),
+        ({"method": "IA3"}, "  method.method: was 'LoRA', now 'IA3'"),
+        ("LoRA(rank=4)", "  method: was {'method': 'LoRA', 'rank': 8, 'sites': 'ffn.*'}, now 'L"),
+    ],
+)
+def test_of_a_changed_recipe_the_message_has_what_differs(now: Any, said: str) -> None:
+    both = {"model": "m", "train": "t"}
+    lora = {"method": "LoRA", "rank": 8, "sites": "ffn.*"}
+    was = RunConfig(**both, method=lora).to_dict()
+    with pytest.raises(SettingError) as caught:
+        state.refuse_changed(was, RunConfig(**both, method=now))
+    (line,) = [line for line in str(caught.value).splitlines() if line.startswith("  ")]
+    assert line.startswith(said)
+    pile = {**both, "method": [lora, {"method": "IA3"}]}
+    other = [{**lora, "sites": "head"}, {"method": "IA3"}]
+    with pytest.raises(SettingError, match=r"\n  method 1\.sites: was 'ffn\.\*', now 'head'\n"):
+        state.refuse_changed(RunConfig(**pile).to_dict(), RunConfig(**pile | {"method": other}))
 
 
 def _interrupted(*_: object) -> None:

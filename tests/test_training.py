@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import sys
@@ -18,7 +19,7 @@ from espalier.errors import AdapterError, CheckpointError, SettingError, Trainin
 from espalier.training import RunConfig
 from espalier.training.logs import quiet, screen
 from espalier.training.models import writing_task
-from espalier.training.threads import candidates, probe
+from espalier.training.threads import Spent, candidates, probe
 
 COMMON: dict[str, Any] = {"quiet": True, "threads": 1, "batch": 8, "warmup": 0}
 CLASSES = {"num_labels": 2, "problem_type": "single_label_classification"}
@@ -440,3 +441,32 @@ def test_threads_are_probed_and_put_back() -> None:
     assert candidates(6) == [1, 2, 4, 6]
     assert probe(16, 16, seconds=0.01) >= 1
     assert torch.get_num_threads() == before
+
+
+# Rounds of one, two and four threads: seconds on the clock, and the share of it on each core.
+_MACHINES: dict[str, tuple[int, dict[int, list[tuple[float, float]]]]] = {
+    "idle": (4, {1: [(4, 1)], 2: [(2.1, 0.95)], 4: [(1.2, 0.9)]}),
+    "two cores shared, one moment free": (1, {1: [(4, 1)], 2: [(2, 1), *3 * [(40, 0.5)]]}),
+    "a busy moment in five": (2, {1: [(4, 1)], 2: [(30, 0.9), *4 * [(2.1, 0.9)]]}),
+    "as fast with two": (1, {1: [(4, 1)], 2: [(3.8, 0.95)]}),
+    "four are for others": (2, {1: [(4, 1)], 2: [(2.2, 0.95)], 4: [(1.8, 0.4)]}),
+    "two gain nothing, four do": (4, {1: [(4, 1)], 2: [(4, 1)], 4: [(2, 1)]}),
+}
+
+
+@pytest.mark.parametrize("machine", _MACHINES)
+def test_more_threads_are_taken_where_they_reliably_gain(
+    machine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best, rounds = _MACHINES[machine]
+    monkeypatch.setattr("espalier.training.threads.usable_cores", lambda: max(rounds))
+    turns = {number: itertools.cycle(taken) for number, taken in rounds.items()}
+    order: list[int] = []
+
+    def timed(number: int) -> Spent:
+        order.append(number)
+        wall, share = next(turns[number])
+        return Spent(wall, wall * share * number)
+
+    assert probe(16, 16, seconds=200, timed=timed) == best
+    assert order == len(order) // len(rounds) * [*rounds]  # in turns, or one had the bad moments

@@ -284,3 +284,10 @@ def check(method: Method, name: str, ok: bool, what: str) -> None:
     if not ok:
         value = getattr(method, name)
         raise SettingError(f"{type(method).__name__}({name}={value!r}): {name} must be {what}")
+
+
+def check_number(method: Method, name: str, rule: Callable[[float], bool], what: str) -> None:
+    """The same of a number, which True and False are not, that `rule` must hold for."""
+    value = getattr(method, name)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    check(method, name, number and rule(value), what)

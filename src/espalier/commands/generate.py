@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +32,8 @@ EXAMPLE = """\
 espalier generate runs/docs-lora --prompt "def read_lines(path):"
 espalier generate runs/docs-lora --data prompts.jsonl --out answers.jsonl --temperature 0.7"""
 
+SETTINGS: dict[str, Any] = {"context_settings": {"allow_extra_args": True}}
+
 Tokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.", metavar="N")]
 Temperature = Annotated[
     float | None, typer.Option(help="0 takes the most probable token each time.", metavar="X")
@@ -43,6 +46,7 @@ Seed = Annotated[int, typer.Option(help="Seed for sampling.", metavar="N")]
 
 
 def command(
+    ctx: typer.Context,
     run: Run,
     prompt: Annotated[
         list[str] | None, typer.Option(help="What to answer or go on from; may be repeated.")
@@ -62,6 +66,9 @@ def command(
     quantize: Quantize = None,
 ) -> None:
     """Write text. The settings saved with the adapter hold unless others are given here."""
+    if ctx.args:  # as `espalier predict RUN TEXT` takes it
+        again = shlex.join(["espalier", "generate", run, "--prompt", " ".join(ctx.args)])
+        raise SettingError(f"A prompt is given with --prompt: {again}")
     if bool(prompt) == bool(data):
         raise SettingError("Give either --prompt or --data.")
     if out != "-":

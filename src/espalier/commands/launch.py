@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from espalier.commands.outcome import BUG, MISTAKE, Interrupted, fail
+from espalier.commands import train
+from espalier.commands.flags import flag
+from espalier.commands.outcome import BUG, LAUNCHED, MISTAKE, STOPPED, Interrupted, fail
 from espalier.errors import SettingError
 
 EXAMPLE = """\
@@ -57,9 +60,12 @@ def command(
     _check(total, num_machines, machine_rank, main_process_ip)
     words = list(ctx.args)
     script = [words.pop(0)] if words and words[0].endswith(".py") else []
-    if total == 1:
+    run = None if script or total == 1 else train.read(words)  # a mistake is said once, and now
+    if total == 1 or not (script or run):
         _run_here(script, words)
         return
+    if run and run.out:  # chosen now, so that a stopped run can be named
+        words += ["--out", str(run.out)]
     options = {
         "num_processes": total,
         "num_machines": num_machines,
@@ -68,7 +74,41 @@ def command(
         "main_process_port": main_process_port or (29500 if num_machines > 1 else 0),
         "gpu_ids": gpu_ids,
     }
-    _launch(arguments(options, script, words), total, cpu=here == 0)
+    try:
+        _launch(arguments(options, script, words), total, cpu=here == 0)
+    except _Ended as ended:
+        stands = train.kept(run, again(options, cpu)) if run else _ANEW
+        if ended.said is None:
+            raise Interrupted(f"all processes; {stands}") from None
+        fail(f"{ended.said} {stands[0].upper()}{stands[1:]}")
+        raise typer.Exit(BUG) from None
+
+
+_ANEW = "a run with saved steps goes on with the same command and --resume."
+
+
+class _Ended(Exception):
+    """The processes ended before their work was done.
+
+    Attributes:
+        said: What to say of the one that ended first; None for Ctrl-C.
+    """
+
+    def __init__(self, said: str | None) -> None:
+        super().__init__(said)
+        self.said = said
+
+
+def again(options: dict[str, Any], cpu: bool) -> str:
+    """The command, up to what is passed on, that starts these processes again."""
+    told = {"num_machines": 1, "machine_rank": 0, "main_process_port": 0}
+    words = [
+        word
+        for name, value in options.items()
+        if value not in (None, told.get(name))
+        for word in (flag(name), str(value))
+    ]
+    return shlex.join(["espalier", "launch", *words, *(["--cpu"] if cpu else [])])
 
 
 def arguments(options: dict[str, Any], script: list[str], words: list[str]) -> list[str]:
@@ -128,10 +168,10 @@ def _run_here(script: list[str], words: list[str]) -> None:
 
 
 def _launch(words: list[str], total: int, cpu: bool) -> None:
-    """Start the processes by accelerate and wait for them; says which one ended the others.
+    """Start the processes by accelerate and wait for them.
 
     Raises:
-        Interrupted: Ctrl-C.
+        _Ended: One of them ended the others, or Ctrl-C did.
     """
     import logging
 
@@ -141,6 +181,7 @@ def _launch(words: list[str], total: int, cpu: bool) -> None:
 
     args = launch_command_parser().parse_args(words)
     os.environ["OMP_NUM_THREADS"] = str(args.num_cpu_threads_per_process)
+    os.environ[LAUNCHED] = "1"
     if cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it shorter
@@ -150,12 +191,12 @@ def _launch(words: list[str], total: int, cpu: bool) -> None:
         rank, failure = min(error.failures.items(), key=lambda pair: pair[1].timestamp)
         if failure.exitcode == MISTAKE and rank == 0:
             raise typer.Exit(MISTAKE) from None  # it has said what there is to put right
-        fail(ended(rank, total, failure.exitcode))
-        raise typer.Exit(BUG) from None
+        stopped = failure.exitcode in (STOPPED, -signal.SIGINT)
+        raise _Ended(None if stopped else ended(rank, total, failure.exitcode)) from None
     except (SignalException, KeyboardInterrupt):
-        raise Interrupted(
-            "all processes. With saved steps the run goes on with the same command and --resume."
-        ) from None
+        raise _Ended(None) from None
+    finally:
+        del os.environ[LAUNCHED]  # here it is said
 
 
 def ended(rank: int, total: int, code: int) -> str:
@@ -167,6 +208,5 @@ def ended(rank: int, total: int, code: int) -> str:
             how += ", as when the machine's memory is full"
     return (
         f"process {rank} of {total} ended ({how}), and the others were stopped: nothing can be "
-        "added up without it. What it had to say stands above. A run with saved steps goes on with "
-        "the same command and --resume."
+        "added up without it. What it had to say stands above."
     )

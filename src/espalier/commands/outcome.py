@@ -20,6 +20,7 @@ from espalier.errors import EspalierError
 
 DONE, BUG, MISTAKE, STOPPED = 0, 1, 2, 130
 
+LAUNCHED = "ESPALIER_LAUNCHED"  # set where `espalier launch` says how to go on after Ctrl-C
 _HEAD_START = 3.0  # seconds
 
 DEBUG: ContextVar[bool] = ContextVar("debug", default=False)  # whether --debug was given
@@ -65,14 +66,14 @@ def caught(debug: bool) -> Iterator[Ended]:
         code = stop.code if isinstance(stop, SystemExit) else STOPPED
         ended.code = code if isinstance(code, int) else DONE if not code else BUG
         if code == STOPPED:
-            fail("nothing more was written.", "Stopped")
+            _stopped("nothing more was written.")
 
 
 def _explain(error: Exception) -> int:
     """Say on stderr what ended the command; returns the exit code."""
     _let_main_speak()
     if isinstance(error, Interrupted):
-        fail(str(error), "Stopped")
+        _stopped(str(error))
         return STOPPED
     if isinstance(error, BrokenPipeError):  # the reader has gone (`espalier inspect ... | head`)
         sys.stdout = None
@@ -95,6 +96,11 @@ def _let_main_speak() -> None:
     """Of several processes with one mistake the first says it; its launcher ends the others."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(_HEAD_START)
+
+
+def _stopped(message: str) -> None:
+    if LAUNCHED not in os.environ:
+        fail(message, "Stopped")
 
 
 def fail(message: str, word: str = "Error") -> None:

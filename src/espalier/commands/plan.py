@@ -33,6 +33,7 @@ _TOLD = {
     "activations": "kept for the backward",
     "logits": "and their gradients",
     "workspace": "gone at once",
+    "libraries": "panels of products, per thread",
 }
 
 

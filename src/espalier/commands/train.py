@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,7 +50,21 @@ def command(
     try:
         train(run)
     except KeyboardInterrupt:
-        raise Interrupted(_kept(run)) from None
+        raise Interrupted(kept(run)) from None
+
+
+def read(words: Sequence[str]) -> RunConfig | None:
+    """The run that these words of a command line ask for; None where they ask for a text.
+
+    Raises:
+        SettingError: one of them is unknown or wrong.
+    """
+    app = typer.Typer(add_completion=False)
+    app.command(**SETTINGS)(command)
+    context = typer.main.get_command(app).make_context("espalier train", list(words))
+    settings = dict(context.params)
+    config, asks = settings.pop("config"), settings.pop("print_config")
+    return None if asks else assemble(config, given(settings), context.args)
 
 
 def assemble(path: Path | None, typed: dict[str, Any], words: list[str]) -> RunConfig:
@@ -77,16 +92,19 @@ def assemble(path: Path | None, typed: dict[str, Any], words: list[str]) -> RunC
     return run
 
 
-def _kept(run: RunConfig) -> str:
-    """What a run stopped with Ctrl-C leaves, and what to type to go on."""
+def kept(run: RunConfig, command: str = "espalier train") -> str:
+    """What a run that was stopped leaves, and what to type to go on."""
+    from espalier.training import state
+
     if run.out is None or not run.out.is_dir():
         return "nothing was written."
-    again = f"espalier train --config {run.out / 'config.yaml'}"
-    if not (run.out / "state").is_dir():
+    again = f"{command} --config {run.out / 'config.yaml'}"
+    saved = state.latest(run.out)
+    if saved is None:
         return f"no step was saved yet. Begin anew with\n  {again} --overwrite"
     return (
-        f"everything up to the last save (each epoch, or save_every) is kept in {run.out}. "
-        f"Go on with\n  {again} --resume"
+        f"{saved.name.replace('-', ' ')} is the last that was saved (each epoch, or save_every), "
+        f"in {run.out}. Go on from there with\n  {again} --resume"
     )
 
 

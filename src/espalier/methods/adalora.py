@@ -28,7 +28,7 @@ from espalier.errors import SiteError
 from espalier.places import Site, Sites
 from espalier.plain.adaptive import Allocation, Triplets
 from espalier.plain.standing import refusal
-from espalier.recipes import Method, check, recipe
+from espalier.recipes import Method, check, check_number, recipe
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,7 @@ class AdaLoRA(Method):
             check(self, name, type(value) is int and value >= 1, "a whole number of at least 1")
         check(self, "target", self.target <= self.rank, f"at most rank, {self.rank}")
         for name in ("alpha", "dropout", "orthogonality", "start", "end", "beta1", "beta2"):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            check(self, name, number and value >= 0, "a number of at least 0")
+            check_number(self, name, lambda x: x >= 0, "a number of at least 0")
         check(self, "alpha", self.alpha > 0, "above 0")
         check(self, "dropout", self.dropout < 1, "below 1")
         for name in ("beta1", "beta2"):

@@ -30,7 +30,7 @@ from espalier.places import Site, Sites
 from espalier.plain.pruned import HardConcrete, Pruned, Pruning
 from espalier.plain.sparse import budget_of, row
 from espalier.plain.whole import chosen
-from espalier.recipes import Method, check, recipe
+from espalier.recipes import Method, check, check_number, recipe
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,7 @@ class DiffPruning(Method):
             "high": (lambda x: x > 1, "above 1, or no gate could open"),
         }
         for name, (rule, what) in rules.items():
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            check(self, name, number and rule(value), what)
+            check_number(self, name, rule, what)
 
     def deltas(self, model: nn.Module, places: Sites) -> list[Delta]:
         """One delta per module that owns selected parameters; a tied tensor is gated once."""

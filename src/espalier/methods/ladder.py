@@ -24,7 +24,7 @@ from torch import nn
 from espalier.deltas import Delta
 from espalier.places import Sites
 from espalier.plain.ladder_stack import Form, ladders
-from espalier.recipes import Method, check
+from espalier.recipes import Method, check, check_number
 
 INITS = ("magnitude", "fisher", "random")
 PROJECTIONS = ("select", "random")
@@ -66,10 +66,8 @@ class LadderSideTuning(Method):
         check(self, "init", self.init in INITS, f"one of {', '.join(INITS)}")
         known = self.projections in PROJECTIONS
         check(self, "projections", known, f"one of {', '.join(PROJECTIONS)}")
-        warm = isinstance(self.temperature, int | float) and self.temperature > 0
-        check(self, "temperature", warm, "above 0")
-        share = isinstance(self.dropout, int | float) and 0 <= self.dropout < 1
-        check(self, "dropout", share, "at least 0 and below 1")
+        check_number(self, "temperature", lambda x: x > 0, "above 0")
+        check_number(self, "dropout", lambda x: 0 <= x < 1, "at least 0 and below 1")
         check(self, "recompute", isinstance(self.recompute, bool), "True or False")
         check(self, "sites", isinstance(self.sites, str), "a selector of blocks, such as 'block'")
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PARTS = (
     "weights", "adapter", "optimiser", "gradients", "activations", "logits", "workspace",
+    "libraries",
 )  # fmt: skip
 MOMENTS_BLOCK, LEAST = 256, 4096  # numbers to a scale of 8-bit moments; smaller tensors keep fp32
 
@@ -177,17 +178,19 @@ def _watched(rehearsal: Rehearsal, setup: Setup) -> Plan:
     found = course.parts(moment)
     found["optimiser"], best = held(rehearsal, setup)
     found["adapter"] = found.get("adapter", 0) + best
+    found["libraries"] = course.panels.bytes  # from the first step on
     parts = {name: found.get(name, 0) for name in PARTS}
-    looked = max(rehearsal.look(setup, setup.eval_batch or 2 * setup.batch).line())
-    trained = rehearsal.trained
+    looking = rehearsal.look(setup, setup.eval_batch or 2 * setup.batch)
+    looked = max(looking.line()) + max(course.panels.bytes, looking.panels.bytes)
+    trained, work = rehearsal.trained, course.work
     return Plan(
         setup=setup,
         parts=parts,
         saved=course.saved(),
         evaluation=looked + parts["optimiser"] + best,
-        flops=course.flops * setup.accumulate,
+        flops=work.flops * setup.accumulate,
         # AdamW reads and writes numbers and moments and reads gradients.
-        moved=course.moved * setup.accumulate + 2 * parts["optimiser"] + 12 * trained,
+        moved=(work.moved + work.fed) * setup.accumulate + 2 * parts["optimiser"] + 12 * trained,
         trained=trained,
         total=rehearsal.numbers,
     )

@@ -3,14 +3,13 @@
 A dispatch mode sees every operation under it, on real tensors as on fake ones, which have shapes
 and no memory: so a step of a model of any size is counted where nothing is allocated. Each storage
 is noted once, with the operation that made it and the one after which it was gone. What a kernel
-allocates and frees within itself is not seen, except for those that are named here.
+allocates within itself is not seen, except where `work` and `panels` know it.
 """
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -19,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from espalier.planning.panels import Panels
+from espalier.planning.work import Work, tensors
 
 aten = torch.ops.aten
 
@@ -48,18 +48,16 @@ class Course:
         length: Operations seen.
         extra: Bytes that operations took within themselves, by their number.
         marks: Numbers of operations that something was noted at.
-        flops: Floating-point operations of matrix products and attention, a multiply-add as two.
-        moved: Bytes that all operations read and wrote.
-        kernels: Operations that compute something.
+        work: What was computed and moved.
+        panels: What the matrix library has kept.
     """
 
     held: list[Held] = field(default_factory=list)
     length: int = 0
     extra: dict[int, int] = field(default_factory=dict)
     marks: dict[str, int] = field(default_factory=dict)
-    flops: int = 0
-    moved: int = 0
-    kernels: int = 0
+    work: Work = field(default_factory=Work)
+    panels: Panels = field(default_factory=lambda: Panels(torch.get_num_threads()))
 
     def line(self) -> list[int]:
         """Bytes held while each operation ran, the state before the first one included."""
@@ -112,17 +110,17 @@ class Tracer(TorchDispatchMode):
         self.vocabulary = vocabulary
         self.counting = counting
         self._live: dict[int, tuple[Held, weakref.ref[Any]]] = {}
-        for part, tensors in standing.items():
-            for tensor in tensors:
+        for part, held in standing.items():
+            for tensor in held:
                 self._note(tensor, part)
 
     def mark(self, name: str) -> None:
         """Note where the work is."""
         self.course.marks[name] = self.course.length
 
-    def call(self, tensors: Iterable[Tensor | None], part: str) -> None:
+    def call(self, made: Iterable[Tensor | None], part: str) -> None:
         """Say what tensors made under this mode are."""
-        for tensor in tensors:
+        for tensor in made:
             found = None if tensor is None else self._live.get(tensor.untyped_storage()._cdata)
             if found is not None:
                 found[0].part = part
@@ -144,11 +142,11 @@ class Tracer(TorchDispatchMode):
             if known is not None:
                 return known[0]
         out = func(*args, **kwargs)
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        for tensor in made:
+        for tensor in tensors(out):
             self._note(tensor, self._part(tensor))
-        if not func.is_view:
-            self._work(func, args, kwargs, out, made)
+        if inner := course.work.see(func, args, kwargs, out):
+            course.extra[course.length] = inner
+        course.panels.see(func.overloadpacket, args)
         return out
 
     def _part(self, tensor: Tensor) -> str:
@@ -171,24 +169,6 @@ class Tracer(TorchDispatchMode):
         if found is not None:
             found[0].gone = self.course.length
 
-    def _work(self, func: Any, args: Any, kwargs: Any, out: Any, made: list[Tensor]) -> None:
-        course, packet = self.course, func.overloadpacket
-        if packet in _IDLE:
-            return
-        course.kernels += 1
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        read = made if packet in _PICKS else given
-        course.moved += touched(read) + touched(made)
-        if packet in flop_registry:
-            course.flops += flop_registry[packet](*args, **kwargs, out_val=out)
-            return
-        count = _OTHERS.get(func.name().partition(".")[0])
-        if count is not None:
-            flops, inner = count(*args)
-            course.flops += flops
-            if inner:
-                course.extra[course.length] = inner
-
 
 def _answered(func: Any, args: tuple[Any, ...], counting: Mapping[int, int]) -> tuple[Any] | None:
     """What numbers would say that fake tensors lack: which labels count, no mask is all ones."""
@@ -202,45 +182,3 @@ def _answered(func: Any, args: tuple[Any, ...], counting: Mapping[int, int]) -> 
         kind = args[0].dtype
         return (False,) if kind == torch.bool else (0,) if kind == torch.int64 else None
     return None
-
-
-# Only allocate, only relabel, or only hand a number to Python.
-_IDLE = {
-    aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided,
-    aten._unsafe_view, aten.lift_fresh, aten._local_scalar_dense, aten.detach,
-}  # fmt: skip
-# Read no more of their table than they write.
-_PICKS = {aten.embedding, aten.gather, aten.index_select, aten.nll_loss_forward}
-
-
-def touched(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors; what is only repeated by a stride of zero is touched once."""
-    total = 0
-    for tensor in tensors:
-        size = tensor.element_size()
-        for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
-            size *= length if stride else 1
-        total += size
-    return total
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[int, int]:
-    return sdpa_flop_count(q.shape, k.shape, v.shape), 0
-
-
-def _attention_back(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[int, int]:
-    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape), 0
-
-
-def _four_bits(x: Tensor, packed: Tensor, shape: Any, *_: Any) -> tuple[int, int]:
-    """A product with a 4-bit weight, which is expanded inside, its scales first."""
-    count = math.prod(shape)
-    return 2 * x.numel() * shape[0], count * x.element_size() + 4 * (count // 64)
-
-
-# Operations that the counter of FLOPs does not know, and what they take within themselves.
-_OTHERS: dict[str, Callable[..., tuple[int, int]]] = {
-    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
-    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_back,
-    "bitsandbytes::gemm_4bit": _four_bits,
-}

@@ -177,12 +177,26 @@ def refuse_changed(was: Mapping[str, Any], config: RunConfig, but: str = "") -> 
     now = config.to_dict()
     changed = [key for key in DECISIVE if key != but and was.get(key) != now[key]]
     if changed:
-        lines = [f"  {key}: was {was.get(key)!r}, now {now[key]!r}" for key in changed]
+        lines = [line for key in changed for line in _differences(key, was.get(key), now[key])]
         raise SettingError(
             "A run is resumed with the settings it was started with; these differ:\n"
             + "\n".join(lines)
             + "\nWrite them as they were, or start anew with overwrite: true."
         )
+
+
+def _differences(name: str, was: Any, now: Any) -> list[str]:
+    """A line for everything within a setting that is not what it was."""
+    if isinstance(was, Mapping) and isinstance(now, Mapping):
+        if was.get("method") != now.get("method"):  # their settings have nothing in common
+            was, now = {"method": was.get("method")}, {"method": now.get("method")}
+        inner = [(f"{name}.{key}", was.get(key), now.get(key)) for key in {**was, **now}]
+    elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        pairs = enumerate(zip(was, now, strict=True), 1)
+        inner = [(f"{name} {at}", *pair) for at, pair in pairs]
+    else:
+        return [f"  {name}: was {was!r}, now {now!r}"]
+    return [line for part in inner if part[1] != part[2] for line in _differences(*part)]
 
 
 def threads_before(folder: Path) -> int | None:
