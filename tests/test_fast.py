@@ -89,11 +89,8 @@ def test_under_checkpointing_too(family: str, reentrant: bool) -> None:
     agree(gradients(model, BY_NAME[family].batch()), whole, 1e-6)
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
-def test_over_a_bf16_base_they_are_as_near_to_the_truth_as_the_plain_ones(family: str) -> None:
-    model, data = BY_NAME[family].make().to(torch.bfloat16).train(), BY_NAME[family].batch()
-    esp.attach(model, "LoRA(rank=4)")
-    fast, plain = both(shaken(model), data)
+def errors(model: nn.Module, data: dict[str, Any], fast: Any, plain: Any) -> tuple[float, float]:
+    """How far gradients are from those in fp32, by the fast paths and by the plain ones."""
     with esp.plain_paths():
         truth = gradients(model.float(), data)
 
@@ -101,7 +98,48 @@ def test_over_a_bf16_base_they_are_as_near_to_the_truth_as_the_plain_ones(family
         pairs = zip(found[1], truth[1], strict=True)
         return sum(((a - b).norm() / b.norm()).item() for a, b in pairs)
 
-    assert error(fast) < 1.5 * error(plain) < 0.5
+    return error(fast), error(plain)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_over_a_bf16_base_they_are_as_near_to_the_truth_as_the_plain_ones(family: str) -> None:
+    model, data = BY_NAME[family].make().to(torch.bfloat16).train(), BY_NAME[family].batch()
+    esp.attach(model, "LoRA(rank=4)")
+    ours, theirs = errors(model, data, *both(shaken(model), data))
+    assert ours < 1.5 * theirs < 0.5
+
+
+def fused(model: nn.Module, data: dict[str, Any]) -> dict[torch.dtype, int]:
+    """How many linears a step computes as one function with their products, by type."""
+    found: dict[torch.dtype, int] = {}
+
+    def look(_module: nn.Module, _args: Any, y: Tensor) -> None:
+        if type(y.grad_fn).__name__.startswith("_Linear"):
+            found[y.dtype] = found.get(y.dtype, 0) + 1
+
+    kinds = (m for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D"))
+    hooks = [m.register_forward_hook(look) for m in kinds]
+    gradients(model, data)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("recipe", ["LoRA(rank=4)", "LoRA() + LoRA(rank=3, sites='attention.q')"])
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
+def test_under_autocast_they_are_as_near_to_the_truth_as_the_plain_ones(
+    family: str, base: torch.dtype, recipe: str
+) -> None:
+    model, data = BY_NAME[family].make().to(base).train(), BY_NAME[family].batch()
+    esp.attach(model, recipe)
+    shaken(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused(model, data).keys() == {torch.bfloat16}
+        fast, plain = both(model, data)
+    assert fast[0].item() == pytest.approx(plain[0].item(), rel=5e-3)
+    ours, theirs = errors(model, data, fast, plain)
+    assert ours < 1.5 * theirs < 0.5
 
 
 def test_evaluation_takes_the_plain_paths() -> None:
