@@ -35,7 +35,7 @@ _IDLE = (
 # Read no more of their table than they write.
 _PICKS = (aten.embedding, aten.gather, aten.index_select, aten.nll_loss_forward)
 # Write no more of their table than they are given.
-_PUTS = (aten.scatter_, aten.scatter_add_)
+_PUTS = (aten.scatter_, aten.scatter_add_, aten.index_put_)
 # Write whole what they do not read whole.
 _FILLS = (aten.nll_loss_backward,)
 

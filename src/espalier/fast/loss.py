@@ -142,7 +142,7 @@ def _slope(logits: Tensor, labels: Tensor, into: Tensor, nats: Tensor, smoothing
     if smoothing:
         into.sub_(smoothing / width)
     slope = torch.expm1(right - total).add_(smoothing - smoothing / width)
-    into.scatter_(1, at, slope[:, None].to(into.dtype))
+    into[torch.arange(len(labels), device=labels.device), labels] = slope.to(into.dtype)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
