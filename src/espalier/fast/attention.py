@@ -100,12 +100,14 @@ _back_op = torch.library.custom_op(
 
 @_op.register_fake
 def _(q: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
-    return q.new_empty(len(q), q.shape[2], q.shape[1], values.shape[-1])
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], values.shape[-1])
 
 
 @_back_op.register_fake
 def _(g: Tensor, q: Tensor, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    turned = (x.new_empty(len(x), x.shape[2], x.shape[1]).transpose(1, 2) for x in (keys, values))
+    turned = (
+        x.new_empty(x.shape[0], x.shape[2], x.shape[1]).transpose(1, 2) for x in (keys, values)
+    )
     return torch.empty_like(q), *turned
 
 
