@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -58,18 +58,31 @@ def rotating_twin(owner: type) -> Callable[..., Any] | None:
 
 @lru_cache(256)
 def _twin(forward: Callable[..., Any]) -> Callable[..., Any] | None:
-    if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
+    if not isinstance(forward, FunctionType):
         return None
+    if hasattr(forward, "__wrapped__"):
+        return _rewrapped(forward, forward.__wrapped__)
     own = forward.__globals__
     name = next((n for n in forward.__code__.co_names if _rotates(own.get(n))), None)
     if name is None:
         return None
-    scope = {**own, name: _guarded(own[name])}
-    twin = FunctionType(
-        forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__
-    )
-    twin.__kwdefaults__ = forward.__kwdefaults__
-    return twin
+    return _like(forward, {**own, name: _guarded(own[name])}, forward.__closure__)
+
+
+def _rewrapped(wrapper: FunctionType, inner: Callable[..., Any]) -> Callable[..., Any] | None:
+    """A decorator's wrapper (as of arguments' old names) around the twin of what it wraps."""
+    twin, cells = _twin(inner), wrapper.__closure__ or ()
+    held = [cell for cell in cells if cell.cell_contents is inner]
+    if twin is None or len(held) != 1:
+        return None
+    closure = tuple(CellType(twin) if cell is held[0] else cell for cell in cells)
+    return _like(wrapper, wrapper.__globals__, closure)
+
+
+def _like(function: FunctionType, scope: dict[str, Any], closure: Any) -> FunctionType:
+    made = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
 
 
 def _guarded(function: Rotate) -> Rotate:
