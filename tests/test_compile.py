@@ -157,7 +157,7 @@ def test_compiled_blocks_attend_by_batched_products_of_any_length() -> None:
         for ours, theirs in zip(found, there, strict=True):
             assert (ours - theirs).norm() < 0.03 * theirs.norm()
     assert graphs[0] == graphs[1]
-    assert all("espalier.attend" in graph.code for graph in counter.graphs)
+    assert "espalier.attend" in counter.graphs[-1].code
     torch._dynamo.reset()
 
 
