@@ -4,17 +4,22 @@
     python benchmarks/step.py --small --json out.json
     python benchmarks/step.py --field settings    dropout, DoRA, q and v, AdaLoRA, checkpointing
     python benchmarks/step.py --field kinds       (IA)³, prefix and prompt tuning, adapters
+    python benchmarks/step.py --field compile     torch.compile: peft's model, our layers or model
 
 Every contender does forward + backward + AdamW with a model of its own. LoRA is of rank 8 on all
 linears. `limit` is the frozen model's forward and backward for activations down to the embeddings,
 nothing trained; `gemm` is that step's matrix products alone. "/ limit" and "/ rival" are medians
 over interleaved rounds; the rival is peft's (or our own, where it says so) with the same settings.
+What is compiled is compiled before anything is timed and has no counts: its kernels are no ATen
+operations. "compiling" is the processor time that this takes, compilers it calls included.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,19 +27,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config
 
 import bases
 import espalier as esp
 import measure
 from counting import Counts, count, products
+from espalier.training import compiling
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COLUMNS = (
     *("", "kernels", "GEMMs", "GFLOP", "MB moved", "MB saved", "saved / rival"),
-    *("time / limit", "rival", "time / rival"),
+    *("time / limit", "rival", "time / rival", "compiling"),
 )
 LIMIT, GEMM, PEFT, OURS = "limit", "gemm", "peft LoRA", "our LoRA"
+PEFT_COMPILED = "peft LoRA, compiled"
+inductor: Any = config
 Made = tuple[nn.Module, Any]
+COMPILED = contextlib.ExitStack()  # what stays compiled until a field is done
 
 
 @dataclass(slots=True)
@@ -95,6 +105,20 @@ def _checkpointed(make: Callable[[nn.Module], Made], model: nn.Module) -> Made:
     return made
 
 
+def _compiled(how: compiling.How, make: Callable[[nn.Module], Made], model: nn.Module) -> Made:
+    """As `--compile` does it, but for the little batch that it traces."""
+    model, optimiser = make(model)
+    words = torch.ones(2, 4, dtype=torch.long)
+    COMPILED.enter_context(compiling.compiled(model, how, lambda: model(input_ids=words)))
+    return model, optimiser
+
+
+def _peft_compiled(model: nn.Module) -> Made:
+    model, optimiser = _lora(model)
+    model.compile(backend=compiling.BACKEND)
+    return model, optimiser
+
+
 def _peft(kind: str, model: nn.Module, fp32: bool = True, **settings: Any) -> Made:
     import peft
 
@@ -111,6 +135,10 @@ Entry = tuple[Callable[[nn.Module], Made], str]  # what makes it, and its rival
 
 def _our(method: str, rival: str) -> Entry:
     return functools.partial(_ours, method), rival
+
+
+def _our_compiled(how: compiling.How) -> Callable[[nn.Module], Made]:
+    return functools.partial(_compiled, how, functools.partial(_ours, "LoRA()"))
 
 
 FIELDS: dict[str, dict[str, Entry]] = {
@@ -165,6 +193,13 @@ FIELDS: dict[str, dict[str, Entry]] = {
         "our Houlsby": _our("SerialAdapter(bottleneck=32)", LIMIT),
         "our parallel": _our("ParallelAdapter(bottleneck=32)", LIMIT),
     },
+    "compile": {
+        PEFT: (_lora, LIMIT),
+        PEFT_COMPILED: (_peft_compiled, PEFT),
+        OURS: _our("LoRA()", PEFT_COMPILED),
+        "our LoRA, compiled layers": (_our_compiled("layers"), PEFT),
+        "our LoRA, compiled model": (_our_compiled("model"), PEFT_COMPILED),
+    },
 }
 
 
@@ -186,9 +221,17 @@ def contenders(
 def run(
     field: str, family: str, size: bases.Size, dtype: torch.dtype, rounds: int
 ) -> dict[str, Any]:
-    """Counts and time ratios of every contender, by name."""
-    entered = contenders(field, family, size, dtype)
+    """Counts and time ratios of every contender, by name; compiled ones have no counts."""
+    # Nothing comes from an earlier run's cache, and no time is spent where it is not seen.
+    with COMPILED, inductor.patch(force_disable_caches=True, compile_threads=1):
+        return _measured(contenders(field, family, size, dtype), rounds)
+
+
+def _measured(entered: dict[str, Contender], rounds: int) -> dict[str, Any]:
+    counts: dict[str, Counts] = {}
+    spent: dict[str, float] = {}
     for name, one in list(entered.items()):
+        start = _spent()
         try:
             one.step()  # the optimiser makes its state
             one.step()
@@ -197,8 +240,10 @@ def run(
                 raise
             print(f"{name} does not run here: {error}")
             del entered[name]
-    counts: dict[str, Counts] = {}
-    for name, one in entered.items():
+            continue
+        if any(module._compiled_call_impl is not None for module in one.model.modules()):
+            spent[name] = _spent() - start
+            continue
         own = [*one.model.parameters(), *one.model.buffers(), *one.batch.values()]
         counts[name] = count(one.forward, one.finish, own)
     trials = {name: measure.Trial(one.step) for name, one in entered.items()}
@@ -209,8 +254,10 @@ def run(
     rivals[GEMM] = LIMIT
     return {
         name: {
-            **asdict(counts[name]),
-            "saved_over_rival": counts[name].saved / (counts[rival].saved or 1),
+            **(asdict(counts[name]) if name in counts else {}),
+            **({"compiling": spent[name]} if name in spent else {}),
+            **_saved(counts.get(name), counts.get(rival)),
+            "seconds": seconds[name],
             "over_limit": asdict(measure.ratio(seconds[name], seconds[LIMIT])),
             "rival": rival,
             "over_rival": asdict(measure.ratio(seconds[name], seconds[rival])),
@@ -219,23 +266,40 @@ def run(
     }
 
 
+def _spent() -> float:
+    """Processor seconds so far, those of compilers that were called among them."""
+    return sum(os.times()[:4])
+
+
+def _saved(own: Counts | None, rival: Counts | None) -> dict[str, float]:
+    if own is None or rival is None:
+        return {}
+    return {"saved_over_rival": own.saved / (rival.saved or 1)}
+
+
 def rows(found: dict[str, Any]) -> list[list[str]]:
     """The figures as text, one row per contender."""
     return [
         [
             name,
-            f"{one['kernels']:,}",
-            f"{one['gemms']:,}",
-            f"{one['flops'] / 1e9:.3g}",
-            f"{one['moved'] / 1e6:,.4g}",
-            f"{one['saved'] / 1e6:,.4g}",
-            f"{one['saved_over_rival']:.2f}",
+            _cell(one, "kernels", ","),
+            _cell(one, "gemms", ","),
+            _cell(one, "flops", ".3g", 1e9),
+            _cell(one, "moved", ",.4g", 1e6),
+            _cell(one, "saved", ",.4g", 1e6),
+            _cell(one, "saved_over_rival", ".2f"),
             str(measure.Ratio(**one["over_limit"])),
             one["rival"],
             str(measure.Ratio(**one["over_rival"])),
+            _cell(one, "compiling", ".0f"),
         ]
         for name, one in found.items()
     ]
+
+
+def _cell(one: dict[str, Any], key: str, form: str, unit: float = 1) -> str:
+    value = one.get(key)
+    return "–" if value is None else format(value if unit == 1 else value / unit, form)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -62,6 +62,20 @@ def test_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.usefixtures("scripts")
+def test_compiled_steps_are_timed_and_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("espalier.training.compiling.BACKEND", "eager")
+    out = tmp_path / "step.json"
+    asked = ["--tiny", "--rounds", "1", "--dtype", "bf16", "--json", str(out)]
+    _import("step").main([*asked, "--field", "compile", "--family", "llama"])
+    entries = json.loads(out.read_text())["compile llama bf16"]
+    compiled = {name for name, one in entries.items() if "compiling" in one}
+    assert compiled == {name for name in entries if "compiled" in name} != set()
+    assert compiled == {name for name, one in entries.items() if "kernels" not in one}
+
+
+@pytest.mark.usefixtures("scripts")
 def test_counts_are_those_of_the_operations() -> None:
     """One linear layer, by hand: two products forward and backward, and what lies between."""
     counting = _import("counting")

@@ -142,6 +142,25 @@ def test_compiled_blocks_share_graphs() -> None:
     assert graphs == {2: 2, 4: 2}
 
 
+def test_compiled_blocks_attend_by_batched_products_of_any_length() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model = adapt(llama(2).to(torch.bfloat16))
+    texts = [torch.randint(0, 96, (2, length)) for length in (9, 300)]  # of one block, and two
+    expected = [step(model, model, {"input_ids": ids, "labels": ids}) for ids in texts]
+    for block in model.get_submodule("model.layers").children():
+        block.compile(backend=counter, fullgraph=True, dynamic=True)
+    graphs = []
+    for ids, there in zip(texts, expected, strict=True):
+        found = step(model, model, {"input_ids": ids, "labels": ids})
+        graphs.append(counter.frame_count)
+        for ours, theirs in zip(found, there, strict=True):
+            assert (ours - theirs).norm() < 0.03 * theirs.norm()
+    assert graphs[0] == graphs[1]
+    assert "espalier.attend" in counter.graphs[-1].code
+    torch._dynamo.reset()
+
+
 @FAMILIES
 @pytest.mark.parametrize("recipe", [METHOD, "FullTuning()"])
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -97,8 +97,16 @@ def current(host: nn.Module, site: Site, dtype: torch.dtype) -> dict[str, Tensor
     return found
 
 
+def computed(x: Tensor) -> torch.dtype:
+    """The type in which products of x are computed: x's own, or what autocast casts it to."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x.dtype
+    return torch.get_autocast_dtype(kind)
+
+
 def multiplies(host: nn.Module, x: Tensor) -> bool:
-    """Whether all a host does with x is x Wᵀ + c, in x's type and with a frozen W.
+    """Whether all a host does with x is x Wᵀ + c, in x's type or autocast's, and W is frozen.
 
     That is so for Linear and Conv1D themselves, and for 4-bit layers that compute in x's type.
     """
@@ -107,8 +115,9 @@ def multiplies(host: nn.Module, x: Tensor) -> bool:
         return False
     kind = type(host)
     if kind is nn.Linear or _is(kind, "transformers.pytorch_utils", "Conv1D"):
-        return weight.dtype == x.dtype
-    if _is(kind, "bitsandbytes.nn.modules", "Linear4bit"):
+        casts = torch.is_autocast_enabled(x.device.type) and x.is_floating_point()
+        return weight.dtype == x.dtype or (casts and torch.float64 not in (weight.dtype, x.dtype))
+    if _is(kind, "bitsandbytes.nn.modules", "Linear4bit") and computed(x) == x.dtype:
         return host.compute_dtype in (None, x.dtype) and hasattr(weight, "quant_state")
     return False
 
@@ -116,9 +125,22 @@ def multiplies(host: nn.Module, x: Tensor) -> bool:
 def operands(host: nn.Module, dtype: torch.dtype) -> tuple[Operand, Tensor | None]:
     """W (D_out, D_in), or what unpacks it anew, and c, of a host that only multiplies."""
     weight, bias = host.weight, host.bias
+    if bias is not None:
+        bias = bias.to(dtype)  # type: ignore[operator]
     if packed(weight):  # type: ignore[arg-type]
-        return partial(_unpacked, host, dtype), None if bias is None else bias.to(dtype)  # type: ignore[return-value]
-    return weight if type(host) is nn.Linear else weight.t(), bias  # type: ignore[return-value, operator]
+        return partial(_unpacked, host, dtype), bias  # type: ignore[return-value]
+    if weight.dtype != dtype:  # cast anew in backward: kept, the whole base would be there twice
+        return partial(_cast, host, weight, dtype), bias  # type: ignore[return-value]
+    return _upright(host, weight), bias  # type: ignore[return-value, arg-type]
+
+
+def _upright(host: nn.Module, weight: Tensor) -> Tensor:
+    """The weight (out, in) of a Linear or a Conv1D."""
+    return weight if type(host) is nn.Linear else weight.t()
+
+
+def _cast(host: nn.Module, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return _upright(host, weight).to(dtype)
 
 
 def _is(kind: type, module: str, name: str) -> bool:

@@ -25,48 +25,102 @@ BLOCK = 256  # queries
 
 
 class _Batched(torch.autograd.Function):
-    """(q, k, v) → (B, T, h, d)."""
+    """(q, keys, values) → (B, T, h, d)."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+        ctx: Any, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *how: Any
     ) -> Tensor:
-        ctx.scale, ctx.causal, ctx.like = scale, causal, (k.shape, v.shape)
-        batch, heads, length, _ = q.shape
-        out = q.new_empty(batch, length, heads, v.shape[-1])
-        keys, values = _flat(k), _flat(v)
         ctx.save_for_backward(q, keys, values, mask)
-        for rows, seen in _blocks(length, k.shape[2], causal):
-            shares = _shares(q, keys, mask, scale, causal, rows, seen)
-            block = torch.bmm(shares, values[:, :seen])
-            out[:, rows] = _apart(block, q, rows).transpose(1, 2)
-        return out
+        ctx.how = how
+        return _attend(q, keys, values, mask, *how)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, keys, values, mask = ctx.saved_tensors
-        (g,) = grads
-        heads = len(keys) // len(q)
-        dq = torch.empty_like(q)
-        dk = dv = None
-        for rows, seen in reversed(list(_blocks(q.shape[2], keys.shape[1], ctx.causal))):
-            shares = _shares(q, keys, mask, ctx.scale, ctx.causal, rows, seen)
-            go = _together(g[:, rows].transpose(1, 2), heads)
-            more = torch.bmm(go.transpose(1, 2), shares).transpose(1, 2)
-            gs = torch.bmm(go, values[:, :seen].transpose(1, 2))
-            gs = torch._softmax_backward_data(gs, shares, -1, shares.dtype)
-            more_k = torch.bmm(_together(q[:, :, rows], heads).transpose(1, 2), gs).transpose(1, 2)
-            if dk is None or dv is None:  # the last block: it has seen every key
-                dk, dv = more_k, more
-            else:
-                dk[:, :seen] += more_k
-                dv[:, :seen] += more
-            block = torch.bmm(gs, keys[:, :seen]).mul_(ctx.scale)
-            dq[:, :, rows] = _apart(block, q, rows)
-        assert dk is not None
-        assert dv is not None
-        return dq, dk.mul_(ctx.scale).view(ctx.like[0]), dv.view(ctx.like[1]), None, None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return *_back(g, *ctx.saved_tensors, *ctx.how), None, None, None
+
+
+def _attend(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, causal: bool
+) -> Tensor:
+    """What queries (B, h, T, d) take from keys and values (B·h_kv, S, d): (B, T, h, d)."""
+    batch, heads, length, _ = q.shape
+    out = q.new_empty(batch, length, heads, values.shape[-1])
+    for rows, seen in _blocks(length, keys.shape[1], causal):
+        shares = _shares(q, keys, mask, scale, causal, rows, seen)
+        block = torch.bmm(shares, values[:, :seen])
+        out[:, rows] = _apart(block, q, rows).transpose(1, 2)
+    return out
+
+
+def _back(
+    g: Tensor,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, keys and values for that of the result, g (B, T, h, d)."""
+    heads = len(keys) // len(q)
+    dq = torch.empty_like(q)
+    dk = dv = None
+    for rows, seen in reversed(list(_blocks(q.shape[2], keys.shape[1], causal))):
+        shares = _shares(q, keys, mask, scale, causal, rows, seen)
+        go = _together(g[:, rows].transpose(1, 2), heads)
+        more = torch.bmm(go.transpose(1, 2), shares).transpose(1, 2)
+        gs = torch.bmm(go, values[:, :seen].transpose(1, 2))
+        gs = torch._softmax_backward_data(gs, shares, -1, shares.dtype)
+        more_k = torch.bmm(_together(q[:, :, rows], heads).transpose(1, 2), gs).transpose(1, 2)
+        if dk is None or dv is None:  # the last block: it has seen every key
+            dk, dv = more_k, more
+        else:
+            dk[:, :seen] += more_k
+            dv[:, :seen] += more
+        dq[:, :, rows] = _apart(torch.bmm(gs, keys[:, :seen]).mul_(scale), q, rows)
+    assert dk is not None
+    assert dv is not None
+    return dq, dk.mul_(scale), dv
+
+
+# For torch.compile the same is two operations: a loop over blocks would be unrolled for one length.
+_GIVEN = "Tensor q, Tensor keys, Tensor values, Tensor? mask, float scale, bool causal"
+_op = torch.library.custom_op(
+    "espalier::attend", _attend, mutates_args=(), schema=f"({_GIVEN}) -> Tensor"
+)
+_back_op = torch.library.custom_op(
+    "espalier::attend_back",
+    _back,
+    mutates_args=(),
+    schema=f"(Tensor g, {_GIVEN}) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@_op.register_fake
+def _(q: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], values.shape[-1])
+
+
+@_back_op.register_fake
+def _(g: Tensor, q: Tensor, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    turned = (
+        x.new_empty(x.shape[0], x.shape[2], x.shape[1]).transpose(1, 2) for x in (keys, values)
+    )
+    return torch.empty_like(q), *turned
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.how = inputs[4:]
+
+
+def _graded(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    return *_back_op(g, *ctx.saved_tensors, *ctx.how), None, None, None
+
+
+_op.register_autograd(_graded, setup_context=_keep)
 
 
 def suits(module: nn.Module) -> bool:
@@ -79,7 +133,7 @@ def in_training(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, given: Mapping[str, Any]
 ) -> Tensor | None:
     """What transformers' sdpa attention would give, (B, T, h, d); None where it had better."""
-    if not enabled() or torch.compiler.is_compiling():
+    if not enabled():
         return None
     if not (torch.is_grad_enabled() or module.training):  # reentrant checkpoints start without
         return None
@@ -111,7 +165,8 @@ def batched(
     """
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, torch.finfo(q.dtype).min)
-    return _Batched.apply(q, k, v, mask, scale, causal)  # type: ignore[return-value]
+    function = _op if torch.compiler.is_compiling() else _Batched.apply
+    return function(q.contiguous(), _flat(k), _flat(v), mask, scale, causal)  # type: ignore[return-value]
 
 
 def _one_for_all_heads(mask: Any, dtype: torch.dtype) -> bool:

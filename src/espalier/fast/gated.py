@@ -93,7 +93,8 @@ def act_of(module: nn.Module, names: tuple[str, str, str]) -> str | None:
     twin = copy(module)
     twin._modules = {**module._modules, **dict(zip(names, made, strict=True))}
     x = torch.linspace(-6, 6, 63).view(21, 3)
-    with torch.no_grad(), torch.random.fork_rng(devices=()):  # it may drop some, and differ then
+    fp32 = torch.autocast("cpu", enabled=False)
+    with torch.no_grad(), fp32, torch.random.fork_rng(devices=()):  # it may drop some, then differs
         for linear, scale in zip(made, (1.0, 0.7, 0.3), strict=True):
             shape = linear.weight.shape
             linear.weight.copy_((torch.arange(shape.numel()) % 7 - 3).view(shape) * scale)

@@ -8,8 +8,10 @@ and nothing more of one that was written to afterwards.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -32,3 +34,23 @@ def note(x: Tensor, *parts: Tensor, again: Callable[[Sequence[Tensor]], Tensor])
     if not x.is_inference():  # those count no versions, and nobody keeps them for backward
         x._espalier_made = Made(parts, again, x._version)  # type: ignore[attr-defined]
     return x
+
+
+def in_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """X in another type, cast once for all that read it."""
+    if x.dtype == dtype:
+        return x
+    if x.is_inference() or x.is_leaf:  # a leaf's graph holds the leaf: it would never be freed
+        return x.to(dtype)
+    stamp = dtype, x._version, torch.is_grad_enabled()
+    found = getattr(x, "_espalier_cast", None)
+    if found is None or found[0] != stamp:
+        cast, source = x.to(dtype), made(x)
+        if source is not None:
+            cast = note(cast, *source.parts, again=partial(_again, source, dtype))
+        found = x._espalier_cast = stamp, cast  # type: ignore[attr-defined]
+    return found[1]
+
+
+def _again(source: Made, dtype: torch.dtype, parts: Sequence[Tensor]) -> Tensor:
+    return source.again(parts).to(dtype)

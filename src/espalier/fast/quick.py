@@ -79,9 +79,7 @@ def taken(quick: Quick, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str
     if not host.training or not enabled() or torch.compiler.is_compiling():
         return None
     x = args[0] if args else next(iter(kwargs.values()), None)
-    if not isinstance(x, Tensor) or torch.is_autocast_enabled(x.device.type):
-        return None
-    return quick(host, *args, **kwargs)
+    return quick(host, *args, **kwargs) if isinstance(x, Tensor) else None
 
 
 def quicken(graft: Graft, model: nn.Module) -> None:

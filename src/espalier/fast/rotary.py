@@ -2,9 +2,8 @@
 
     y₁ = x₁ ⊙ c₁ − x₂ ⊙ s₁,   y₂ = x₂ ⊙ c₂ + x₁ ⊙ s₂      halves of heads (B, h, T, d)
 
-Attention calls its rotary function by a name in its own file. A twin of its forward, decorators
-and all, finds ours under that name, in that instance alone, if the function was tried and rotates
-halves.
+Attention calls its rotary function by a name in its own file. A twin of its forward finds ours
+under that name, in that instance alone, if the function was tried and rotates halves.
 """
 
 from __future__ import annotations
@@ -61,22 +60,29 @@ def rotating_twin(owner: type) -> Callable[..., Any] | None:
 def _twin(forward: Callable[..., Any]) -> Callable[..., Any] | None:
     if not isinstance(forward, FunctionType):
         return None
-    own, cells = forward.__globals__, forward.__closure__
     if hasattr(forward, "__wrapped__"):
-        inner = forward.__wrapped__
-        twin = _twin(inner)
-        held = [cell for cell in cells or () if cell.cell_contents is inner]
-        if twin is None or len(held) != 1:
-            return None
-        cells = tuple(CellType(twin) if cell is held[0] else cell for cell in cells or ())
-    else:
-        name = next((n for n in forward.__code__.co_names if _rotates(own.get(n))), None)
-        if name is None:
-            return None
-        own = {**own, name: _guarded(own[name])}
-    twin = FunctionType(forward.__code__, own, forward.__name__, forward.__defaults__, cells)
-    twin.__kwdefaults__ = forward.__kwdefaults__
-    return twin
+        return _rewrapped(forward, forward.__wrapped__)
+    own = forward.__globals__
+    name = next((n for n in forward.__code__.co_names if _rotates(own.get(n))), None)
+    if name is None:
+        return None
+    return _like(forward, {**own, name: _guarded(own[name])}, forward.__closure__)
+
+
+def _rewrapped(wrapper: FunctionType, inner: Callable[..., Any]) -> Callable[..., Any] | None:
+    """A decorator's wrapper (as of arguments' old names) around the twin of what it wraps."""
+    twin, cells = _twin(inner), wrapper.__closure__ or ()
+    held = [cell for cell in cells if cell.cell_contents is inner]
+    if twin is None or len(held) != 1:
+        return None
+    closure = tuple(CellType(twin) if cell is held[0] else cell for cell in cells)
+    return _like(wrapper, wrapper.__globals__, closure)
+
+
+def _like(function: FunctionType, scope: dict[str, Any], closure: Any) -> FunctionType:
+    made = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
 
 
 def _guarded(function: Rotate) -> Rotate:

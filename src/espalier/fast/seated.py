@@ -11,6 +11,7 @@ from espalier import hosts
 from espalier.deltas import Delta
 from espalier.fast.decoding import is_product, side_by_side
 from espalier.fast.linear import Term, with_products
+from espalier.fast.made import in_type
 from espalier.fast.switch import enabled
 from espalier.plain.directed import lengths
 
@@ -29,7 +30,7 @@ def takes(seat: Seat, live: Live, args: tuple[Any, ...], kwargs: dict[str, Any])
     if torch.compiler.is_compiling() or seat.inner is not None or seat.scaled:
         return False
     x, host = args[0], seat.host
-    if not live or not hosts.multiplies(host, x) or torch.is_autocast_enabled(x.device.type):
+    if not live or not hosts.multiplies(host, x):
         return False
     if any(delta.stretches for delta, _ in live) and not _stretchable(seat, live):
         return False
@@ -51,6 +52,7 @@ def _stretchable(seat: Seat, live: Live) -> bool:
 def output(seat: Seat, live: Live, x: Tensor) -> Tensor:
     """What the seat's host gives with every live product added."""
     host: nn.Module = seat.host
+    x = in_type(x, hosts.computed(x))
     weight, bias = hosts.operands(host, x.dtype)
     drop = seat.graft.drop
     terms: list[Term] = []

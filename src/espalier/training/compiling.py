@@ -1,7 +1,8 @@
 """A model under `torch.compile` while it trains: its repeated blocks, or all of it.
 
-    layers    each block by itself: one graph serves all blocks alike, so compiling is short
-    model     the whole forward pass with the loss in one graph: faster steps, longer compiling
+    layers    each block by itself: one graph serves all blocks alike, so compiling is short, and
+              what stands between and after them (casts, the loss in chunks) stays as it was
+    model     the whole forward pass with the loss, and all logits, in one graph: longer compiling
 
 Sizes are symbols from the first graph on: no length or batch asks for a graph of its own, and what
 a step computes does not depend on the steps before it, so that a resumed run goes on as it was.
