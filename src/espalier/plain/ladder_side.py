@@ -37,7 +37,7 @@ _WIDE = (
 )
 # What the first block of a stack makes for those after it, and its place among what a block gives.
 _HANDED_ON = {"position_bias": 1, "encoder_decoder_position_bias": 2}
-_CACHE = ("past_key_values", "past_key_value", "layer_past")
+_CACHE = ("past_key_values", "past_key_value", "layer_past", "cache")
 
 
 def width_of_heads(block: nn.Module) -> int | None:
