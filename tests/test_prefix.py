@@ -44,7 +44,7 @@ def numbers(model: nn.Module, name: str = "p") -> dict[str, Tensor]:
     return dict(model.get_submodule(f"espalier.@{name}").named())
 
 
-def prefixed(case: Case, recipe: str = "PTuningV2(length=3)") -> Any:
+def prefixed(case: Case, recipe: str = "PTuningV2(length=3, std=1)") -> Any:
     """A model of the case with an adapter "p"."""
     model = case.make()
     esp.attach(model, recipe, "p")
