@@ -112,11 +112,13 @@ class One(nn.Module):
         return self.host(x)
 
 
+@pytest.mark.parametrize("slow", [1.0, 0.25])
 @pytest.mark.parametrize("structured", [True, False])
-def test_gradients_are_the_hand_written_ones(structured: bool) -> None:
+def test_gradients_are_the_hand_written_ones(structured: bool, slow: float) -> None:
     torch.manual_seed(0)
     model, x, c = One().train(), torch.randn(3, 5), torch.randn(3, 4)
-    esp.attach(model, esp.DiffPruning(sites="host", structured=structured), "mine", head=False)
+    method = esp.DiffPruning(sites="host", structured=structured, slow=slow)
+    esp.attach(model, method, "mine", head=False)
     esp.Lifecycle(model, steps=9, done=3)
     adapter, held = adapter_of(model), tensors(model)
     with torch.no_grad():
@@ -130,6 +132,7 @@ def test_gradients_are_the_hand_written_ones(structured: bool) -> None:
     }
     for number, (name, g) in enumerate({"weight": c.T @ x, "bias": c.sum(0)}.items()):
         w, alpha = held["w"][f"host.{name}"].double(), held["alpha"][f"host.{name}"].double()
+        w = slow * w  # but w's own gradient is that of the difference
 
         def law(alpha: Tensor, stream: int) -> tuple[Tensor, Tensor]:
             u = uniform(held["noise"]["host"], alpha.device, stream, len(alpha)).double()
@@ -280,7 +283,7 @@ def test_exactly_the_largest_differences_of_all_tensors_are_kept(case: Any) -> N
     assert all(float(g) == math.inf for g in held["group"].values())
     assert int(kept.sum()) == count
     assert score[kept].min() >= score[~kept].max()
-    assert torch.equal(torch.cat(list(held["w"].values())), raw)  # on from the raw w
+    assert torch.equal(torch.cat(list(held["w"].values())), raw / 128)  # on from the raw difference
     account = esp.account(model, "mine")
     assert (account.changed, account.kept, account.bytes) == (count, count, 8 * count)
     untouched = base(case.make())
@@ -341,8 +344,31 @@ def test_logits_learn_faster_than_differences_as_in_the_paper() -> None:
     model = BERT.make()
     esp.attach(model, esp.DiffPruning(), "mine", head=False)
     rates = {g["name"]: g["lr"] for g in esp.groups(model, 0.1, esp.DiffPruning.learning_rate)}
-    assert sorted(rates.values()) == pytest.approx([1e-5, 0.1])
+    assert sorted(rates.values()) == pytest.approx([1e-2, 0.1])
     assert all(g["weight_decay"] == 0 for g in esp.groups(model, 0.1, 1.0))
+
+
+def test_differences_move_slowly_until_they_are_chosen_and_then_at_their_rate() -> None:
+    torch.manual_seed(0)
+    model, x = One().train(), torch.randn(3, 5)
+    method = esp.DiffPruning(sites="host", share=0.5, settle=0.5, slow=1 / 64, start=90.0)
+    esp.attach(model, method, "mine", head=False)
+    optimiser = torch.optim.SGD(esp.groups(model, learning_rate=0.01))
+    life, outputs = esp.Lifecycle(model, steps=2).follow(optimiser), [model(x)]
+    weight, bias = model.host.weight.detach(), model.host.bias.detach()
+    for step in range(2):
+        optimiser.zero_grad()
+        model(x).sum().backward()
+        optimiser.step()
+        outputs.append(model(x))
+        kept = {n: (alpha > 0).view(-1) for n, alpha in tensors(model)["alpha"].items()}
+        moves = {"host.weight": x.sum(0).expand(4, 5).flatten(), "host.bias": torch.full((4,), 3.0)}
+        factor = 1 / 64 if step == 0 else 1 / 64 + 1
+        change = {n: -0.01 * factor * move * kept[n] for n, move in moves.items()}
+        new = weight + change["host.weight"].view(4, 5), bias + change["host.bias"]
+        torch.testing.assert_close(outputs[-1], nn.functional.linear(x, *new))
+        assert sum(int(k.sum()) for k in kept.values()) == 12
+    assert life.settled
 
 
 # --- what is kept -----------------------------------------------------------------------------
@@ -383,7 +409,7 @@ def test_the_plain_form_is_a_sparse_difference_with_the_same_bits(
 def test_differences_smaller_than_a_bf16_weights_grain_survive_until_the_one_cast() -> None:
     torch.manual_seed(0)
     model = One().eval().bfloat16()
-    esp.attach(model, "DiffPruning(sites='host')", "mine", head=False)
+    esp.attach(model, "DiffPruning(sites='host', slow=1)", "mine", head=False)
     weight = model.host.weight.detach().clone()
     eye, small = torch.eye(5, dtype=torch.bfloat16), weight.abs().float().flatten() * 2**-11
     held = tensors(model)["w"]
@@ -409,7 +435,8 @@ def test_before_the_choice_the_plain_form_is_refused_with_what_to_do() -> None:
 
 def test_a_bf16_adapter_does_not_round_the_fp32_base_that_it_adds_to() -> None:
     model = One().eval()
-    esp.attach(model, "DiffPruning(sites='host')", "mine", head=False, dtype=torch.bfloat16)
+    method = "DiffPruning(sites='host', slow=1)"
+    esp.attach(model, method, "mine", head=False, dtype=torch.bfloat16)
     held, x = tensors(model)["w"]["host.weight"], torch.randn(3, 5)
     held[7] = 0.5
     expected = model.host.weight.detach().clone()
@@ -451,6 +478,7 @@ def test_a_mask_that_is_to_be_given_does_not_train_without() -> None:
 @pytest.mark.parametrize(
     "setting",
     ["share=0", "share=2", "settle=1", "settle=-0.1", "penalty=-1", "start='x'", "rate=0",
+     "slow=0", "slow=2",
      "temperature=0", "low=0.1", "high=1", "structured=1", "sites=3"],
 )  # fmt: skip
 def test_wrong_settings_are_refused(setting: str) -> None:

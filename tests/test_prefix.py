@@ -44,7 +44,7 @@ def numbers(model: nn.Module, name: str = "p") -> dict[str, Tensor]:
     return dict(model.get_submodule(f"espalier.@{name}").named())
 
 
-def prefixed(case: Case, recipe: str = "PTuningV2(length=3)") -> Any:
+def prefixed(case: Case, recipe: str = "PTuningV2(length=3, std=1)") -> Any:
     """A model of the case with an adapter "p"."""
     model = case.make()
     esp.attach(model, recipe, "p")
@@ -572,8 +572,19 @@ def test_a_start_that_cannot_be_is_explained() -> None:
 # --- where it cannot stand, and other attention functions --------------------------------------
 
 
+@pytest.mark.parametrize(("setting", "std"), [("", 0.2), ("std=1", 1.0), ("std=0", 0.0)])
+def test_a_prefix_without_a_network_starts_at_the_asked_for_spread(
+    setting: str, std: float
+) -> None:
+    model = BERT.make()
+    esp.attach(model, f"PTuningV2({setting})", "p", head=False)
+    values = torch.cat([p.detach().flatten() for p in esp.parameters(model)])
+    assert values.std().item() == pytest.approx(std, rel=0.05)
+
+
 def test_settings_are_checked() -> None:
-    for setting in ("length=0", "hidden=True", "dropout=1.0", "reparametrize='no'", "sites=3"):
+    wrong = ("length=0", "hidden=True", "dropout=1.0", "reparametrize='no'", "std=-0.1", "sites=3")
+    for setting in wrong:
         with pytest.raises(SettingError, match=setting.partition("=")[0]):
             esp.recipe(f"PrefixTuning({setting})")
     assert esp.recipe("PTuningV2()") == esp.recipe("ptuningv2(length=20, dropout=0.1)")

@@ -24,12 +24,13 @@ class Prefix(Delta):
 
     attends = True
 
-    def __init__(self, site: Site, length: int, dropout: float) -> None:
+    def __init__(self, site: Site, length: int, dropout: float, std: float) -> None:
         keys, values = _widths(site)
+        start = partial(init.normal_, std=std)
         super().__init__(
             site,
-            keys=Trained((length, keys), init.normal_),
-            values=Trained((length, values), init.normal_),
+            keys=Trained((length, keys), start),
+            values=Trained((length, values), start),
         )
         self.dropout = dropout
         self.watches = ()  # what enters is nothing to it

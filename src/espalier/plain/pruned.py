@@ -51,11 +51,16 @@ class Pruning(Regime):
         penalty: λ of λ Σ P(z ≠ 0).
         count: How many scalars are kept.
         settle: For which share of the steps, the last ones, the gates are decided.
+        slow: Before that a difference is this times w, with the gradient of w itself: an optimiser
+            moves it by that much less, and goes on with the same moments afterwards.
     """
 
-    def __init__(self, law: HardConcrete, penalty: float, count: int, settle: float) -> None:
+    def __init__(
+        self, law: HardConcrete, penalty: float, count: int, settle: float, slow: float
+    ) -> None:
         super().__init__()
         self.law, self.weight, self.count, self.share = law, penalty, count, settle
+        self.slow = slow
         # Seed, and steps done: all that the noise is made of.
         self.noise = Kept((2,), _seeded, whole=True)
         self.decided = False  # known to Python, so that a forward pass asks no tensor
@@ -127,6 +132,7 @@ class Pruning(Regime):
         scores = (delta.difference(delta.t, name, None).abs() for delta, name, _ in self._tensors())
         kept = highest(scores, self.count)
         for delta, name, offset in self._tensors():
+            delta.t[f"{name}.w"].data.mul_(self.slow)
             alpha = delta.t[f"{name}.alpha"].data
             ends = kept.new_tensor((offset, offset + len(alpha)))
             start, stop = torch.searchsorted(kept, ends).tolist()
@@ -200,6 +206,8 @@ class Pruned(Delta):
         w, alpha, group = (t.get(f"{name}.{key}") for key in ("w", "alpha", "group"))
         assert w is not None
         assert alpha is not None
+        if not self.pruning.decided and self.pruning.slow != 1:
+            w = self.pruning.slow * w.detach() + (w - w.detach())
         number, _ = self.parts[name]
         draw = partial(uniform, noise, w.device) if noise is not None else None
         z = self.pruning.law.gate(alpha, draw and draw(2 * number, len(w)))
