@@ -22,7 +22,7 @@ from espalier.adapter import Adapter
 from espalier.container import Container
 from espalier.errors import CheckpointError, SettingError
 from espalier.graft import Graft, find, get
-from espalier.modules import base_modules, unwrap
+from espalier.modules import base_modules, one_walk, unwrap
 from espalier.recipes import Recipe
 from espalier.verbs import install, prepare
 
@@ -176,20 +176,21 @@ def load(
     path = _local(str(folder))
     if name is None:
         name = path.resolve().stem if path.is_file() else path.resolve().name
-    if (path / PEFT_CONFIG).is_file():
-        from espalier.interop.peft import read_peft
+    with one_walk(model):
+        if (path / PEFT_CONFIG).is_file():
+            from espalier.interop.peft import read_peft
 
-        graft, adapter = read_peft(model, path, name)
-    elif file := weights_in(path):
-        graft, adapter = read_diffusers(model, file, name)
-    else:
-        opened, card = _read(path)
-        if check_base:
-            identity.check(model, card["base"], opened.path)
-        graft, adapter = _rebuild(model, opened, card, name)
-    if not trainable:
-        adapter.requires_grad_(False)
-    install(model, graft, adapter)
+            graft, adapter = read_peft(model, path, name)
+        elif file := weights_in(path):
+            graft, adapter = read_diffusers(model, file, name)
+        else:
+            opened, card = _read(path)
+            if check_base:
+                identity.check(model, card["base"], opened.path)
+            graft, adapter = _rebuild(model, opened, card, name)
+        if not trainable:
+            adapter.requires_grad_(False)
+        install(model, graft, adapter)
     return name
 
 
@@ -208,7 +209,7 @@ def _rebuild(
     dtypes = {e.dtype for e in opened.entries.values() if e.dtype.is_floating_point}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     head = card["head"] or False
-    graft, adapter = prepare(model, recipe, name, head=head, dtype=dtype, fresh=False, views=False)
+    graft, adapter = prepare(model, recipe, name, head=head, dtype=dtype, fresh=None)
     _compare(adapter, opened, card)
     for kind, flat in adapter.runs.items():
         slots = adapter.slots[kind]
@@ -219,8 +220,10 @@ def _rebuild(
             for entry, slot in zip(entries, slots, strict=True)
         )
         with torch.no_grad():
-            if in_order:
-                run = flat.data if flat.is_cpu else torch.empty_like(flat, device="cpu")
+            if in_order and flat.is_cpu:
+                opened.read(first, entries[-1].stop, flat.data)
+            elif in_order:
+                run = torch.empty_like(flat, device="cpu")
                 opened.read(first, entries[-1].stop, run)
                 flat.copy_(run)
             else:

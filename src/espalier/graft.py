@@ -65,6 +65,10 @@ class Graft(nn.Module):
         head: Where logits are put off until they are needed (fast/head.py).
     """
 
+    __setattr__ = (
+        object.__setattr__
+    )  # no parameter or module is set by name, and a module's is slow
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.adapters: dict[str, Adapter] = {}
@@ -84,7 +88,12 @@ class Graft(nn.Module):
         for stack, path in encoders(model, self.places).items():
             module = model.get_submodule(path)
             self.tellers.append(Teller(module, names(module), stack))
-        self.thawed = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.thawed = {
+            (path, name)
+            for path, module in base_modules(model).items()
+            for name, p in module._parameters.items()
+            if p is not None and p.requires_grad
+        }
         self.drop, self.readers = Drop(), Readers()
         self._quick = False  # whether it was found out what can be quick in training
         self._shadows: list[tuple[nn.Module, str]] = []
@@ -107,65 +116,70 @@ class Graft(nn.Module):
 
     def place(self, model: nn.Module, adapter: Adapter, skipped: int = 0) -> None:
         """Give each delta of an adapter its place, those of the lowest `skipped` layers none."""
-        self.skipped[adapter.name] = skipped
-        for seat in self.seats.values():
-            seat.deltas.pop(adapter.name, None)
-            seat.watchers.pop(adapter.name, None)
-        for port in self.attentions.values():
-            port.deltas.pop(adapter.name, None)
-        if self.prompts:
-            self.prompts.deltas.pop(adapter.name, None)
+        name = adapter.name
+        if name in self.skipped:
+            self._displace(name)
+        self.skipped[name] = skipped
         modules = base_modules(model)
         apart = is_sharded(model)  # what spreads parameters looks for them by name between calls
-        stand_ins = self.stand_ins[adapter.name] = []
+        stand_ins = self.stand_ins[name] = []
         for delta in self.acting(adapter):
             for path in delta.watches:
                 seat = self.seat(path, modules[path])
-                seat.watchers.setdefault(adapter.name, []).append(delta)
+                seat.watchers.setdefault(name, []).append(delta)
             host = modules[delta.site.path]
             if delta.attends:
                 path, module = caller(modules, delta.site)
                 port = self.attentions.get(path) or Attention(module, self)
                 self.attentions[path] = port
-                port.deltas.setdefault(adapter.name, []).append(delta)
+                port.deltas.setdefault(name, []).append(delta)
             elif delta.embeds:
                 self.prompts = self.prompts or Prompts(model, self.places, delta, self)
-                self.prompts.deltas.setdefault(adapter.name, []).append(delta)
-            elif _direct(delta, host) and not apart:
+                self.prompts.deltas.setdefault(name, []).append(delta)
+            elif delta.replaces and _direct(delta, host) and not apart:
                 stand_ins.append((host, delta))
             else:
                 seat = self.seat(delta.site.path, host)
-                seat.deltas.setdefault(adapter.name, []).append(delta)
+                seat.deltas.setdefault(name, []).append(delta)
+
+    def _displace(self, name: str) -> None:
+        """Take an adapter's deltas from their places."""
+        for seat in self.seats.values():
+            seat.deltas.pop(name, None)
+            seat.watchers.pop(name, None)
+        for port in self.attentions.values():
+            port.deltas.pop(name, None)
+        if self.prompts:
+            self.prompts.deltas.pop(name, None)
 
     def acting(self, adapter: Adapter) -> list[Delta]:
         """An adapter's deltas without those of the layers that it skips."""
         skipped = self.skipped[adapter.name]
+        if not skipped:
+            return adapter.deltas
         return [d for d in adapter.deltas if d.site.layer is None or d.site.layer >= skipped]
 
     def seat(self, path: str, host: nn.Module) -> Seat:
         """The seat at a module, made if there is none yet."""
-        if path not in self.seats:
-            self.seats[path] = Seat(path, host, self)
-        return self.seats[path]
+        found = self.seats.get(path)
+        if found is None:
+            found = self.seats[path] = Seat(path, host, self)
+        return found
 
     def remove(self, name: str) -> None:
         """Forget an adapter; seats that hold nothing any more leave their hosts."""
         del self.adapters[name], self._modules[_key(name)], self.stand_ins[name], self.skipped[name]
         self._minding.pop(name, None)
         self.stacks = {}
-        if self.prompts:
-            self.prompts.deltas.pop(name, None)
-            if not self.prompts.deltas:
-                self.prompts.leave()
-                self.prompts = None
+        self._displace(name)
+        if self.prompts and not self.prompts.deltas:
+            self.prompts.leave()
+            self.prompts = None
         for path, seat in list(self.seats.items()):
-            seat.deltas.pop(name, None)
-            seat.watchers.pop(name, None)
             quick = seat.quick and self.adapters
             if not (seat.deltas or seat.watchers or seat.around or quick) and seat.leave():
                 del self.seats[path]
         for path, port in list(self.attentions.items()):
-            port.deltas.pop(name, None)
             if not port.deltas and not (self.adapters and port.batches):
                 port.leave()
                 del self.attentions[path]
@@ -327,11 +341,8 @@ class Graft(nn.Module):
 
 def _direct(delta: Delta, host: nn.Module) -> bool:
     """Whether the delta's views themselves can stand in for the host's parameters."""
-    return (
-        delta.replaces
-        and type(delta).effective is Delta.effective
-        and all(v.dtype == hosts.parameter(host, k).dtype for k, v in delta.t.items())
-    )
+    same = type(delta).effective is Delta.effective
+    return same and all(v.dtype == hosts.parameter(host, k).dtype for k, v in delta.t.items())
 
 
 def _batch(given: dict[str, Any], training: bool) -> Batch:

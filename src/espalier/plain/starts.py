@@ -19,7 +19,7 @@ from espalier.places import Site
 def uniform(a: Tensor) -> None:
     """Uniform in ±1/√fan_in: Kaiming's with a = √5, what a linear layer starts with."""
     bound = 1 / math.sqrt(a[0].numel())
-    init.uniform_(a, -bound, bound)
+    a.uniform_(-bound, bound)
 
 
 def gaussian(a: Tensor) -> None:
