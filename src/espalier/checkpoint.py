@@ -213,11 +213,10 @@ def _rebuild(
     _compare(adapter, opened, card)
     for kind, flat in adapter.runs.items():
         slots = adapter.slots[kind]
-        first = opened.entries[slots[0].label].start
         entries = [opened.entries[slot.label] for slot in slots]
-        in_order = all(
-            entry.start - first == slot.start * flat.element_size() and entry.dtype == flat.dtype
-            for entry, slot in zip(entries, slots, strict=True)
+        first, width = entries[0].start, flat.element_size()
+        in_order = {entry.dtype for entry in entries} == {flat.dtype} and (
+            [entry.start - first for entry in entries] == [slot.start * width for slot in slots]
         )
         with torch.no_grad():
             if in_order and flat.is_cpu:

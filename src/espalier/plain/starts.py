@@ -40,6 +40,7 @@ _MORE = 8  # directions that random projection looks for beyond those asked, for
 _PRINCIPAL = re.compile(r"pissa(?:_niter_(\d+))?")
 
 
+@cache
 def principal(name: str) -> bool:
     """Whether a start takes its factors from the weight: "pissa", or "pissa_niter_4"."""
     return _PRINCIPAL.fullmatch(name) is not None
