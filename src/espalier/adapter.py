@@ -111,7 +111,7 @@ class Adapter(nn.Module):
         self.labels: list[str] = []  # of the deltas
         self.slots: dict[str, list[Slot]] = {}
         self.refresh: Callable[[], None] = _nothing  # told when the views were made anew
-        self._seen: tuple[object, ...] = ()
+        self._seen: list[object] = []
         self._cast = False
         self.rates: dict[str, float] = {}  # factor on the learning rate, by kind of buffer
         specs = self._lay_out(deltas)
@@ -172,10 +172,12 @@ class Adapter(nn.Module):
 
     def sync(self) -> None:
         """Make the deltas' views anew if a buffer was moved, replaced, frozen or thawed."""
-        runs = self.runs
-        seen = tuple(item for p in runs.values() for item in (id(p), p.data_ptr(), p.requires_grad))
+        seen = [_stamp(p) for p in self._parameters.values()]
+        if self._buffers:
+            seen += [_stamp(b) for b in self._buffers.values()]
         if seen == self._seen:
             return
+        runs = self.runs
         if cut := next((kind for kind, flat in runs.items() if hasattr(flat, "full_tensor")), None):
             raise AdapterError(
                 f"the {cut} of adapter {self.name!r} were cut into shards; every process holds an "
@@ -280,11 +282,16 @@ class Adapter(nn.Module):
         copy = self.__new__(type(self))
         memo[id(self)] = copy
         copy.__dict__.update({k: deepcopy(v, memo) for k, v in self.__dict__.items()})
-        copy._seen = ()  # its graft, or its first forward, makes the views
+        copy._seen = []  # its graft, or its first forward, makes the views
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_seen": ()}  # a restored adapter makes its views on first use
+        return {**self.__dict__, "_seen": []}  # a restored adapter makes its views on first use
+
+
+def _stamp(flat: Tensor | None) -> tuple[int, int, bool] | None:
+    """What changes when a buffer is moved, replaced, frozen or thawed."""
+    return None if flat is None else (id(flat), flat.data_ptr(), flat.requires_grad)
 
 
 def _nothing() -> None:

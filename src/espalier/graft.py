@@ -73,6 +73,7 @@ class Graft(nn.Module):
         super().__init__()
         self.adapters: dict[str, Adapter] = {}
         self._minding: dict[str, Adapter] = {}  # those to tell that they rest
+        self._entering: set[str] = set()  # those with something to do where they become live
         self.live: tuple[tuple[str, float], ...] = ()
         self.seats: dict[str, Seat] = {}
         self.attentions: dict[str, Attention] = {}
@@ -99,6 +100,7 @@ class Graft(nn.Module):
         self._shadows: list[tuple[nn.Module, str]] = []
         self._held: list[hosts.Undo] = []  # what quantised hosts are kept from, while we are here
         self._stale = False
+        self._cast: list[Adapter] = []  # whose numbers were cast for the pass that runs
         self._warned: set[str] = set()  # adapters whose missing lifecycle was told of
 
     def __repr__(self) -> str:
@@ -141,6 +143,8 @@ class Graft(nn.Module):
             else:
                 seat = self.seat(delta.site.path, host)
                 seat.deltas.setdefault(name, []).append(delta)
+        if stand_ins or adapter.waking:
+            self._entering.add(name)
 
     def _displace(self, name: str) -> None:
         """Take an adapter's deltas from their places."""
@@ -151,6 +155,13 @@ class Graft(nn.Module):
             port.deltas.pop(name, None)
         if self.prompts:
             self.prompts.deltas.pop(name, None)
+
+    def get(self, name: str) -> Adapter:
+        """An adapter. Raises AdapterError naming the ones that there are."""
+        found = self.adapters.get(name)
+        if found is None:
+            raise AdapterError(f"no adapter {name!r} in this model; {nearest(name, self.adapters)}")
+        return found
 
     def acting(self, adapter: Adapter) -> list[Delta]:
         """An adapter's deltas without those of the layers that it skips."""
@@ -170,6 +181,7 @@ class Graft(nn.Module):
         """Forget an adapter; seats that hold nothing any more leave their hosts."""
         del self.adapters[name], self._modules[_key(name)], self.stand_ins[name], self.skipped[name]
         self._minding.pop(name, None)
+        self._entering.discard(name)
         self.stacks = {}
         self._displace(name)
         if self.prompts and not self.prompts.deltas:
@@ -186,30 +198,36 @@ class Graft(nn.Module):
 
     def refresh(self) -> None:
         """Let the live adapters' trained copies, and no others, stand in for parameters."""
-        for module, name in self._shadows:
-            module.__dict__.pop(name, None)
-        self._shadows.clear()  # a module's attributes are slow to set
-        self.plans.clear()
-        if self._stale:
-            self._stale = False
+        if self._shadows:
+            for module, name in self._shadows:
+                module.__dict__.pop(name, None)
+            self._shadows = []
+        self.plans = {}
+        self._stale = False
         self.head.forget()
         if self.rows is not None:
             self.rows.forget()
         self.drop.rest()
-        live = dict(() if self.merged else self.live)
-        for resting in (a for name, a in self._minding.items() if name not in live):
-            for delta in resting.resting:
-                delta.rest()
-        for adapter in live:
-            for delta in self.adapters[adapter].waking:
-                delta.ready()
-            for module, delta in () if self.rows else self.stand_ins[adapter]:
-                for name, view in delta.t.items():
-                    view.__deepcopy__ = _placeholder  # autograd's results refuse to be copied
-                    module.__dict__[name] = view
-                    self._shadows.append((module, name))
+        live = () if self.merged else self.live
+        if self._minding:
+            names = {name for name, _ in live}
+            for resting in (a for name, a in self._minding.items() if name not in names):
+                for delta in resting.resting:
+                    delta.rest()
+        for name, _weight in live if self._entering else ():
+            self._enter(name)
         for port in self.attentions.values():
             port.refresh()
+
+    def _enter(self, adapter: str) -> None:
+        """Tell the deltas of a live adapter that mind it, and let its trained copies stand in."""
+        for delta in self.adapters[adapter].waking:
+            delta.ready()
+        for module, delta in () if self.rows else self.stand_ins[adapter]:
+            for name, view in delta.t.items():
+                view.__deepcopy__ = _placeholder  # autograd's results refuse to be copied
+                module.__dict__[name] = view
+                self._shadows.append((module, name))
 
     @property
     def words(self) -> int:
@@ -294,15 +312,17 @@ class Graft(nn.Module):
             quicken(self, module)
         own = next(module.parameters(), None)
         if own is not None and own.is_floating_point() and not self.rows:
-            for name, _weight in self.live:
-                self.adapters[name].cast(own.dtype)
+            self._cast = [self.adapters[name] for name, _ in self.live]
+            for adapter in self._cast:
+                adapter.cast(own.dtype)
 
     def after(self, module: nn.Module, args: object, output: object) -> None:
         """Runs after the forward of the model: what was cast or kept for it goes."""
         self.readers.rest()
         self.drop.rest()
-        for adapter in self.adapters.values():
+        for adapter in self._cast:
             adapter.cast(None)
+        self._cast = []
 
     def _unstack(self) -> None:
         """Before training: optimisers change numbers without leaving a trace of it."""
@@ -372,7 +392,4 @@ def find(model: nn.Module) -> Graft:
 
 def get(model: nn.Module, name: str) -> Adapter:
     """An attached adapter. Raises AdapterError naming the ones that there are."""
-    adapters = find(model).adapters
-    if name not in adapters:
-        raise AdapterError(f"no adapter {name!r} in this model; {nearest(name, adapters)}")
-    return adapters[name]
+    return find(model).get(name)

@@ -164,19 +164,19 @@ def activate(model: nn.Module, choice: Choice) -> None:
             replace one tensor; a weight below 0 for an adapter that brings keys, or other than 1
             for one that brings words or trained copies of the base's own parameters.
     """
-    live = resolve(model, choice)
     graft = find(model)
-    graft.live = live
+    graft.live = live = resolve(graft, choice)
     for name, _ in live:
         graft.adapters[name].sync()
     graft.refresh()
 
 
-def resolve(model: nn.Module, choice: Choice) -> tuple[tuple[str, float], ...]:
+def resolve(graft: Graft, choice: Choice) -> tuple[tuple[str, float], ...]:
     """(name, weight) of the chosen adapters, checked as `activate` says."""
-    find(model).refuse_merged()
+    graft.refuse_merged()
     if isinstance(choice, str):
-        choice = (choice,)
+        graft.get(choice)
+        return ((choice, 1.0),)
     if not isinstance(choice, Iterable | None):
         raise SettingError(f"adapters are chosen by name, as 'mail', not by {choice!r}")
     given: Iterable[tuple[str, float]] = (
@@ -192,7 +192,7 @@ def resolve(model: nn.Module, choice: Choice) -> tuple[tuple[str, float], ...]:
         raise AdapterError(f"{double!r} is named twice; an adapter acts once, or with a weight")
     owner: dict[tuple[str, str], str] = {}
     for name, weight in live:
-        adapter = get(model, name)
+        adapter = graft.get(name)
         if weight < 0 and any(delta.attends for delta in adapter.deltas):
             raise AdapterError(
                 f"{name!r} brings keys to attend to; its weight multiplies their share of the "
@@ -243,7 +243,7 @@ def detach(model: nn.Module, name: str) -> None:
         AdapterError: It is unknown, or merged into the base.
     """
     graft = find(model)
-    get(model, name)
+    graft.get(name)
     graft.refuse_merged()
     activate(model, {n: w for n, w in graft.live if n != name})
     graft.remove(name)
