@@ -111,7 +111,7 @@ class Adapter(nn.Module):
         self.labels: list[str] = []  # of the deltas
         self.slots: dict[str, list[Slot]] = {}
         self.refresh: Callable[[], None] = _nothing  # told when the views were made anew
-        self._seen: list[object] = []
+        self._seen: list[tuple[int, int, bool] | None] = []
         self._cast = False
         self.rates: dict[str, float] = {}  # factor on the learning rate, by kind of buffer
         specs = self._lay_out(deltas)

@@ -112,7 +112,7 @@ class Grouped:
         return y
 
     def _of_all(self, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What of K·R is not each row's own, and all factors (D_in, K·R) and (K·R, D_out), made once.
+        """What of K·R is not a row's own, and all factors (D_in, K·R), (K·R, D_out), made once.
 
         None where one is not finite: multiplied with zero it would reach the rows of others.
         """

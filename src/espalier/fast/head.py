@@ -236,7 +236,7 @@ def _words(model: nn.Module, graft: Graft) -> tuple[str, nn.Module] | None:
     modules = base_modules(model)
     for site in graft.places.whole if module is not None else ():
         if site.kind in ("linear", "conv1d") and modules[site.path] is module:
-            return site.path, module
+            return site.path, modules[site.path]
     return None
 
 
