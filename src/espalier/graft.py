@@ -65,9 +65,8 @@ class Graft(nn.Module):
         head: Where logits are put off until they are needed (fast/head.py).
     """
 
-    __setattr__ = (
-        object.__setattr__
-    )  # no parameter or module is set by name, and a module's is slow
+    # A module's own is slow, and no parameter or module is set here by name.
+    __setattr__ = object.__setattr__  # type: ignore[assignment]
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
