@@ -235,6 +235,8 @@ def _compare(adapter: Adapter, opened: Container, card: dict[str, Any]) -> None:
     """Strict keys: the file and the adapter that its recipe builds here must agree exactly."""
     wanted = {s.label: s.shape for slots in adapter.slots.values() for s in slots}
     held = {name: entry.shape for name, entry in opened.entries.items()}
+    if wanted == held:
+        return
     problems = [f"{n} is missing in the file" for n in wanted if n not in held]
     problems += [f"{n} has no place in this model" for n in held if n not in wanted]
     problems += [
@@ -242,12 +244,11 @@ def _compare(adapter: Adapter, opened: Container, card: dict[str, Any]) -> None:
         for n, shape in wanted.items()
         if n in held and held[n] != shape
     ]
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise CheckpointError(
-            f"{opened.path} does not fit this model: {'; '.join(problems[:3])}{more}. It was "
-            f"trained on {card['base']['name'] or 'an unnamed base'} ({card['base']['class']})"
-        )
+    more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+    raise CheckpointError(
+        f"{opened.path} does not fit this model: {'; '.join(problems[:3])}{more}. It was "
+        f"trained on {card['base']['name'] or 'an unnamed base'} ({card['base']['class']})"
+    )
 
 
 def _local(folder: str) -> Path:

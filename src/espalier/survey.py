@@ -322,7 +322,7 @@ def _emit(work: _Survey) -> Iterator[Site]:
         family, _, part = host.role.partition(".")
         if part in ("o", "out") and (enter := _enter(parts[family, host.part], host)):
             at = (family, host.path, host.kind, site.layer, site.stack, enter.n_in, host.n_out)
-            kv = _kv(family, parts[family, host.part])
+            kv = None if family == "ffn" else _kv(family, parts[family, host.part])
             yield Site(*at, None, enter.path, site.conv, site.tied, site.bits, kv)
 
 
