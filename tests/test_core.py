@@ -187,6 +187,43 @@ def test_a_site_without_gradient_is_named() -> None:
     assert esp.dead_sites(model) == ["0/idle"]
 
 
+def test_a_module_put_in_between_two_attachments_is_found() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
+    model[1].weight.requires_grad = True
+    esp.attach(model, esp.LoRA(rank=2, sites="other"))
+    esp.detach(model, "default")
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, False]
+    model[0] = nn.Linear(4, 6)
+    model[1] = nn.Linear(6, 4, bias=False)
+    for recipe in (esp.LoRA(rank=2, sites="other"), esp.FullTuning()):
+        esp.attach(model, recipe, type(recipe).__name__)
+        assert not any(host._parameters["weight"].requires_grad for host in (model[0], model[1]))
+    assert esp.account(model, "LoRA").trained == 2 * (4 + 6) + 2 * (6 + 4)
+    model(torch.randn(3, 4)).sum().backward()
+    assert esp.dead_sites(model) == []
+    for name in ("LoRA", "FullTuning"):
+        esp.detach(model, name)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@torch.no_grad()
+def test_switching_follows_buffers_that_were_replaced_meanwhile() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    host, x = model[0], torch.randn(2, 4)
+    base = model(x)
+    for name in ("a", "b"):
+        esp.attach(model, esp.LoRA(rank=2, sites="other"), name)
+    randomise(model)
+    change = model(x) - base
+    assert change.abs().max() > 1e-3
+    for p in esp.parameters(model):
+        p.data = 2 * p.data  # both factors
+    esp.activate(model, "a")
+    assert torch.equal(host(x), base)
+    esp.activate(model, "b")
+    torch.testing.assert_close(host(x) - base, 4 * change, rtol=1e-4, atol=1e-5)
+
+
 def test_a_sequential_root_runs_as_before() -> None:
     model, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)), torch.randn(3, 4)
     expected = model(x)

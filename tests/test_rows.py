@@ -119,6 +119,58 @@ def test_products_of_many_rows_are_sorted_and_those_of_few_are_not(ids: int) -> 
         close(logits(model, {"input_ids": words}), changed)
 
 
+def linear_in_bf16(*names: str) -> nn.Module:
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(24, 40, dtype=torch.bfloat16)
+
+        def forward(self, inputs_embeds: Tensor) -> Tensor:
+            return self.up(inputs_embeds)
+
+    torch.manual_seed(0)
+    return moved(Linear().eval(), esp.LoRA(rank=4, sites="other"), *names)
+
+
+def apart(found: Tensor, want: Tensor) -> float:
+    """The largest difference as a share of the largest number: 16 bits round to 2⁻⁸."""
+    return float((found - want).abs().max() / want.abs().max())
+
+
+@pytest.mark.parametrize("words", [1, 3])
+@torch.no_grad()
+def test_many_rows_in_16_bits_have_their_own_adapters_alone(words: int) -> None:
+    model = linear_in_bf16("a", "b", "c")
+    choices: list[Choice] = [["b"], None, {"c": 0.5, "a": 2.0}, "a", "b"] * 4
+    x = torch.randn(20, words, 24, dtype=torch.bfloat16)
+    want = []
+    for row, choice in enumerate(choices):
+        esp.activate(model, choice)
+        want.append(model(inputs_embeds=x[row : row + 1]))
+    with esp.rows(model, choices):
+        found = model(inputs_embeds=x)
+        more = model(inputs_embeds=x.repeat_interleave(2, 0))
+    assert apart(found, torch.cat(want)) < 2**-6
+    assert apart(more, found.repeat_interleave(2, 0)) < 2**-6
+    assert apart(found[0], found[3]) > 0.1
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@torch.no_grad()
+def test_an_adapter_that_is_not_finite_spoils_its_own_rows_only(value: float) -> None:
+    model = linear_in_bf16("a", "broken")
+    x = torch.randn(20, 1, 24, dtype=torch.bfloat16)
+    esp.activate(model, "a")
+    want = model(inputs_embeds=x)
+    esp.activate(model, "broken")
+    for p in esp.parameters(model):
+        p.fill_(value)
+    with esp.rows(model, ["a", "broken"] * 10):
+        found = model(inputs_embeds=x)
+    assert apart(found[::2], want[::2]) < 2**-6
+    assert not found[1::2].isfinite().any()
+
+
 def test_blocks_hold_every_row_once() -> None:
     whose = [0] * 60 + [2] * 3 + [-1] * 7 + [1] * 2
     blocks = blocks_of(whose, 3, torch.device("cpu"))

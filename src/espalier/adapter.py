@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class Slot:
     shape: tuple[int, ...]
     start: int
     stop: int
-    users: list[tuple[Delta, str]] = field(default_factory=list)
+    users: list[tuple[Delta, str]]
 
     def of(self, flat: Tensor) -> Tensor:
         """This slot's part of a flat tensor, in its shape."""
@@ -40,6 +41,17 @@ class Slot:
 def form(kind: str, dtype: torch.dtype) -> torch.dtype:
     """The type of a kind of buffer: that of the trained numbers, or one of whole numbers."""
     return {"indices": torch.int32, "indices_wide": torch.int64}.get(kind, dtype)
+
+
+def parts(flat: Tensor, slots: Iterable[Slot]) -> tuple[Tensor, ...]:
+    """Every slot's part of a flat tensor, in its shape; one call for each, where `of` takes two."""
+    at = flat.storage_offset()
+    return tuple([flat.as_strided(s.shape, _strides(s.shape), at + s.start) for s in slots])
+
+
+@lru_cache(maxsize=1024)
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 class _Views(torch.autograd.Function):
@@ -56,8 +68,7 @@ class _Views(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.slots, ctx.dtype = slots, flat.dtype
-        data = flat.data.to(dtype)
-        return tuple(slot.of(data) for slot in slots)
+        return parts(flat.data.to(dtype), slots)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
@@ -80,7 +91,8 @@ class Adapter(nn.Module):
         head: Paths of the task head's modules that are trained and saved with it.
         device: Where the buffers lie.
         dtype: Their type; fp32 unless asked otherwise.
-        fresh: Start the numbers as the methods say, not at zero.
+        fresh: Start the numbers as the methods say; False starts them at zero, None leaves what
+            was in memory to a caller that fills all of it.
     """
 
     def __init__(
@@ -91,7 +103,7 @@ class Adapter(nn.Module):
         head: tuple[str, ...],
         device: torch.device,
         dtype: torch.dtype,
-        fresh: bool = True,
+        fresh: bool | None = True,
     ) -> None:
         super().__init__()
         self.name, self.recipe, self.head = name, recipe, head
@@ -99,7 +111,7 @@ class Adapter(nn.Module):
         self.labels: list[str] = []  # of the deltas
         self.slots: dict[str, list[Slot]] = {}
         self.refresh: Callable[[], None] = _nothing  # told when the views were made anew
-        self._seen: tuple[object, ...] = ()
+        self._seen: list[tuple[int, int, bool] | None] = []
         self._cast = False
         self.rates: dict[str, float] = {}  # factor on the learning rate, by kind of buffer
         specs = self._lay_out(deltas)
@@ -108,17 +120,19 @@ class Adapter(nn.Module):
         self.told = [d for d in self.deltas if type(d).begin is not Delta.begin]
         self.waking = [d for d in self.deltas if type(d).ready is not Delta.ready]
         self.resting = [d for d in self.deltas if type(d).rest is not Delta.rest]
+        make = torch.empty if fresh is None else torch.zeros
         for kind, slots in self.slots.items():
-            flat = torch.zeros(slots[-1].stop, dtype=form(kind, dtype), device=device)
+            flat = make(slots[-1].stop, dtype=form(kind, dtype), device=device)
             if isinstance(specs[slots[0].label], Kept):
                 self.register_buffer(kind, flat)
             else:
                 self.register_parameter(kind, nn.Parameter(flat))
-            with torch.no_grad():
-                for slot in slots:
-                    init = specs[slot.label].init
-                    if fresh and init is not None:
-                        init(slot.of(flat.data))
+            if fresh:
+                with torch.no_grad():
+                    starts = [(slot, init) for slot in slots if (init := specs[slot.label].init)]
+                    views = parts(flat, (slot for slot, _ in starts))
+                    for view, (_, init) in zip(views, starts, strict=True):
+                        init(view)
         for spec in specs.values():
             spec.init = None  # it may hold on to the base's tensors
         # Its views are made by `sync`, which whoever builds it calls, once it is filled.
@@ -132,11 +146,12 @@ class Adapter(nn.Module):
             for key, spec in delta.trained.items():
                 slot = known.get(id(spec))
                 if slot is None:
-                    slots = self.slots.setdefault(spec.kind, [])
-                    self.rates[spec.kind] = spec.rate
+                    kind, shape = spec.kind, spec.shape
+                    slots = self.slots.setdefault(kind, [])
+                    self.rates[kind] = spec.rate
                     start = slots[-1].stop if slots else 0
                     name = f"{label}/{key}"
-                    slot = Slot(name, spec.shape, start, start + math.prod(spec.shape))
+                    slot = Slot(name, shape, start, start + math.prod(shape), [])
                     slots.append(slot)
                     known[id(spec)] = slot
                     specs[name] = spec
@@ -157,10 +172,12 @@ class Adapter(nn.Module):
 
     def sync(self) -> None:
         """Make the deltas' views anew if a buffer was moved, replaced, frozen or thawed."""
-        runs = self.runs
-        seen = tuple(item for p in runs.values() for item in (id(p), p.data_ptr(), p.requires_grad))
+        seen = [_stamp(p) for p in self._parameters.values()]
+        if self._buffers:
+            seen += [_stamp(b) for b in self._buffers.values()]
         if seen == self._seen:
             return
+        runs = self.runs
         if cut := next((kind for kind, flat in runs.items() if hasattr(flat, "full_tensor")), None):
             raise AdapterError(
                 f"the {cut} of adapter {self.name!r} were cut into shards; every process holds an "
@@ -192,8 +209,12 @@ class Adapter(nn.Module):
         self, kind: str, flat: Tensor, dtype: torch.dtype
     ) -> Iterator[tuple[Delta, str, Tensor]]:
         """Each delta and key that uses a part of a buffer, with that part in a type."""
-        views = _Views.apply(flat, self.slots[kind], dtype)
-        for slot, view in zip(self.slots[kind], views, strict=True):
+        slots = self.slots[kind]
+        if flat.requires_grad:
+            views = _Views.apply(flat, slots, dtype)
+        else:
+            views = parts(flat.data.to(dtype), slots)
+        for slot, view in zip(slots, views, strict=True):
             for delta, key in slot.users:
                 yield delta, key, view
 
@@ -261,11 +282,16 @@ class Adapter(nn.Module):
         copy = self.__new__(type(self))
         memo[id(self)] = copy
         copy.__dict__.update({k: deepcopy(v, memo) for k, v in self.__dict__.items()})
-        copy._seen = ()  # its graft, or its first forward, makes the views
+        copy._seen = []  # its graft, or its first forward, makes the views
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_seen": ()}  # a restored adapter makes its views on first use
+        return {**self.__dict__, "_seen": []}  # a restored adapter makes its views on first use
+
+
+def _stamp(flat: Tensor | None) -> tuple[int, int, bool] | None:
+    """What changes when a buffer is moved, replaced, frozen or thawed."""
+    return None if flat is None else (id(flat), flat.data_ptr(), flat.requires_grad)
 
 
 def _nothing() -> None:

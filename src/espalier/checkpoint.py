@@ -22,7 +22,7 @@ from espalier.adapter import Adapter
 from espalier.container import Container
 from espalier.errors import CheckpointError, SettingError
 from espalier.graft import Graft, find, get
-from espalier.modules import base_modules, unwrap
+from espalier.modules import base_modules, one_walk, unwrap
 from espalier.recipes import Recipe
 from espalier.verbs import install, prepare
 
@@ -176,20 +176,21 @@ def load(
     path = _local(str(folder))
     if name is None:
         name = path.resolve().stem if path.is_file() else path.resolve().name
-    if (path / PEFT_CONFIG).is_file():
-        from espalier.interop.peft import read_peft
+    with one_walk(model):
+        if (path / PEFT_CONFIG).is_file():
+            from espalier.interop.peft import read_peft
 
-        graft, adapter = read_peft(model, path, name)
-    elif file := weights_in(path):
-        graft, adapter = read_diffusers(model, file, name)
-    else:
-        opened, card = _read(path)
-        if check_base:
-            identity.check(model, card["base"], opened.path)
-        graft, adapter = _rebuild(model, opened, card, name)
-    if not trainable:
-        adapter.requires_grad_(False)
-    install(model, graft, adapter)
+            graft, adapter = read_peft(model, path, name)
+        elif file := weights_in(path):
+            graft, adapter = read_diffusers(model, file, name)
+        else:
+            opened, card = _read(path)
+            if check_base:
+                identity.check(model, card["base"], opened.path)
+            graft, adapter = _rebuild(model, opened, card, name)
+        if not trainable:
+            adapter.requires_grad_(False)
+        install(model, graft, adapter)
     return name
 
 
@@ -208,19 +209,20 @@ def _rebuild(
     dtypes = {e.dtype for e in opened.entries.values() if e.dtype.is_floating_point}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     head = card["head"] or False
-    graft, adapter = prepare(model, recipe, name, head=head, dtype=dtype, fresh=False, views=False)
+    graft, adapter = prepare(model, recipe, name, head=head, dtype=dtype, fresh=None)
     _compare(adapter, opened, card)
     for kind, flat in adapter.runs.items():
         slots = adapter.slots[kind]
-        first = opened.entries[slots[0].label].start
         entries = [opened.entries[slot.label] for slot in slots]
-        in_order = all(
-            entry.start - first == slot.start * flat.element_size() and entry.dtype == flat.dtype
-            for entry, slot in zip(entries, slots, strict=True)
+        first, width = entries[0].start, flat.element_size()
+        in_order = {entry.dtype for entry in entries} == {flat.dtype} and (
+            [entry.start - first for entry in entries] == [slot.start * width for slot in slots]
         )
         with torch.no_grad():
-            if in_order:
-                run = flat.data if flat.is_cpu else torch.empty_like(flat, device="cpu")
+            if in_order and flat.is_cpu:
+                opened.read(first, entries[-1].stop, flat.data)
+            elif in_order:
+                run = torch.empty_like(flat, device="cpu")
                 opened.read(first, entries[-1].stop, run)
                 flat.copy_(run)
             else:
@@ -233,6 +235,8 @@ def _compare(adapter: Adapter, opened: Container, card: dict[str, Any]) -> None:
     """Strict keys: the file and the adapter that its recipe builds here must agree exactly."""
     wanted = {s.label: s.shape for slots in adapter.slots.values() for s in slots}
     held = {name: entry.shape for name, entry in opened.entries.items()}
+    if wanted == held:
+        return
     problems = [f"{n} is missing in the file" for n in wanted if n not in held]
     problems += [f"{n} has no place in this model" for n in held if n not in wanted]
     problems += [
@@ -240,12 +244,11 @@ def _compare(adapter: Adapter, opened: Container, card: dict[str, Any]) -> None:
         for n, shape in wanted.items()
         if n in held and held[n] != shape
     ]
-    if problems:
-        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise CheckpointError(
-            f"{opened.path} does not fit this model: {'; '.join(problems[:3])}{more}. It was "
-            f"trained on {card['base']['name'] or 'an unnamed base'} ({card['base']['class']})"
-        )
+    more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+    raise CheckpointError(
+        f"{opened.path} does not fit this model: {'; '.join(problems[:3])}{more}. It was "
+        f"trained on {card['base']['name'] or 'an unnamed base'} ({card['base']['class']})"
+    )
 
 
 def _local(folder: str) -> Path:

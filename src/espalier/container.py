@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -174,10 +175,7 @@ def open_file(path: Path) -> Container:
 
 def _entry(item: Mapping[str, Any]) -> Entry:
     start, stop = item["data_offsets"]
-    entry = Entry(TYPES[item["dtype"]], tuple(item["shape"]), int(start), int(stop))
-    size = entry.dtype.itemsize
-    for width in entry.shape:
-        size *= width
-    if start < 0 or stop - start != size:
+    dtype, shape = TYPES[item["dtype"]], tuple(item["shape"])
+    if start < 0 or stop - start != math.prod(shape, start=dtype.itemsize):
         raise ValueError
-    return entry
+    return Entry(dtype, shape, int(start), int(stop))

@@ -40,7 +40,8 @@ class Trained:
     def kind(self) -> str:
         """The flat buffer that holds them. Weight decay is for matrices only, never for vectors."""
         kind = "matrices" if len(self.shape) > 1 else "vectors"
-        kind = f"head_{kind}" if self.head else kind
+        if self.head:
+            kind = f"head_{kind}"
         return kind if self.rate == 1 else f"{kind}_x{self.rate:g}".replace(".", "_")
 
 
@@ -189,7 +190,8 @@ class Delta:
     def __init__(self, site: Site, **trained: Trained) -> None:
         self.site = site
         self.trained = trained
-        self.aside = tuple(k for k, n in trained.items() if isinstance(n, Kept) and n.aside)
+        kept = [(key, own) for key, own in trained.items() if isinstance(own, Kept)]
+        self.aside = tuple([key for key, own in kept if own.aside])
         self.t: dict[str, Tensor] = {}  # views of the adapter's buffers, put here by the adapter
         self.cast: dict[str, Tensor] = {}  # the same in the base's type, while a pass trains
         self.watches: tuple[str, ...] = ()

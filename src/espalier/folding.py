@@ -35,7 +35,7 @@ def merge(
         AdapterError: Something cannot be merged exactly; nothing has been changed then.
     """
     graft = find(model)
-    live = resolve(model, dict(graft.live) if choice is None else choice)
+    live = resolve(graft, dict(graft.live) if choice is None else choice)
     if not live:
         raise AdapterError("no adapter is active; name the one to merge")
     if is_sharded(model):

@@ -67,10 +67,14 @@ class Graft(nn.Module):
         head: Where logits are put off until they are needed (fast/head.py).
     """
 
+    # A module's own is slow, and no parameter or module is set here by name.
+    __setattr__ = object.__setattr__  # type: ignore[assignment]
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.adapters: dict[str, Adapter] = {}
         self._minding: dict[str, Adapter] = {}  # those to tell that they rest
+        self._entering: set[str] = set()  # those with something to do where they become live
         self.live: tuple[tuple[str, float], ...] = ()
         self.seats: dict[str, Seat] = {}
         self.attentions: dict[str, Attention] = {}
@@ -87,12 +91,18 @@ class Graft(nn.Module):
         for stack, path in encoders(model, self.places).items():
             module = model.get_submodule(path)
             self.tellers.append(Teller(module, names(module), stack))
-        self.thawed = [name for name, p in model.named_parameters() if p.requires_grad]
+        self.thawed = {
+            (path, name)
+            for path, module in base_modules(model).items()
+            for name, p in module._parameters.items()
+            if p is not None and p.requires_grad
+        }
         self.drop, self.readers = Drop(), Readers()
         self._quick = False  # whether it was found out what can be quick in training
         self._shadows: list[tuple[nn.Module, str]] = []
         self._held: list[hosts.Undo] = []  # what quantised hosts are kept from, while we are here
         self._stale = False
+        self._cast: list[Adapter] = []  # whose numbers were cast for the pass that runs
         self._warned: set[str] = set()  # adapters whose missing lifecycle was told of
 
     def __repr__(self) -> str:
@@ -110,96 +120,116 @@ class Graft(nn.Module):
 
     def place(self, model: nn.Module, adapter: Adapter, skipped: int = 0) -> None:
         """Give each delta of an adapter its place, those of the lowest `skipped` layers none."""
-        self.skipped[adapter.name] = skipped
-        for seat in self.seats.values():
-            seat.deltas.pop(adapter.name, None)
-            seat.watchers.pop(adapter.name, None)
-        for port in self.attentions.values():
-            port.deltas.pop(adapter.name, None)
-        if self.prompts:
-            self.prompts.deltas.pop(adapter.name, None)
+        name = adapter.name
+        if name in self.skipped:
+            self._displace(name)
+        self.skipped[name] = skipped
         modules = base_modules(model)
         apart = is_sharded(model)  # what spreads parameters looks for them by name between calls
-        stand_ins = self.stand_ins[adapter.name] = []
+        stand_ins = self.stand_ins[name] = []
         for delta in self.acting(adapter):
             for path in delta.watches:
                 seat = self.seat(path, modules[path])
-                seat.watchers.setdefault(adapter.name, []).append(delta)
+                seat.watchers.setdefault(name, []).append(delta)
             host = modules[delta.site.path]
             if delta.attends:
                 path, module = caller(modules, delta.site)
                 port = self.attentions.get(path) or Attention(module, self)
                 self.attentions[path] = port
-                port.deltas.setdefault(adapter.name, []).append(delta)
+                port.deltas.setdefault(name, []).append(delta)
             elif delta.embeds:
                 self.prompts = self.prompts or Prompts(model, self.places, delta, self)
-                self.prompts.deltas.setdefault(adapter.name, []).append(delta)
-            elif _direct(delta, host) and not apart:
+                self.prompts.deltas.setdefault(name, []).append(delta)
+            elif delta.replaces and _direct(delta, host) and not apart:
                 stand_ins.append((host, delta))
             else:
                 seat = self.seat(delta.site.path, host)
-                seat.deltas.setdefault(adapter.name, []).append(delta)
+                seat.deltas.setdefault(name, []).append(delta)
+        if stand_ins or adapter.waking:
+            self._entering.add(name)
+
+    def _displace(self, name: str) -> None:
+        """Take an adapter's deltas from their places."""
+        for seat in self.seats.values():
+            seat.deltas.pop(name, None)
+            seat.watchers.pop(name, None)
+        for port in self.attentions.values():
+            port.deltas.pop(name, None)
+        if self.prompts:
+            self.prompts.deltas.pop(name, None)
+
+    def get(self, name: str) -> Adapter:
+        """An adapter. Raises AdapterError naming the ones that there are."""
+        found = self.adapters.get(name)
+        if found is None:
+            raise AdapterError(f"no adapter {name!r} in this model; {nearest(name, self.adapters)}")
+        return found
 
     def acting(self, adapter: Adapter) -> list[Delta]:
         """An adapter's deltas without those of the layers that it skips."""
         skipped = self.skipped[adapter.name]
+        if not skipped:
+            return adapter.deltas
         return [d for d in adapter.deltas if d.site.layer is None or d.site.layer >= skipped]
 
     def seat(self, path: str, host: nn.Module) -> Seat:
         """The seat at a module, made if there is none yet."""
-        if path not in self.seats:
-            self.seats[path] = Seat(path, host, self)
-        return self.seats[path]
+        found = self.seats.get(path)
+        if found is None:
+            found = self.seats[path] = Seat(path, host, self)
+        return found
 
     def remove(self, name: str) -> None:
         """Forget an adapter; seats that hold nothing any more leave their hosts."""
         del self.adapters[name], self._modules[_key(name)], self.stand_ins[name], self.skipped[name]
         self._minding.pop(name, None)
+        self._entering.discard(name)
         self.stacks = {}
-        if self.prompts:
-            self.prompts.deltas.pop(name, None)
-            if not self.prompts.deltas:
-                self.prompts.leave()
-                self.prompts = None
+        self._displace(name)
+        if self.prompts and not self.prompts.deltas:
+            self.prompts.leave()
+            self.prompts = None
         for path, seat in list(self.seats.items()):
-            seat.deltas.pop(name, None)
-            seat.watchers.pop(name, None)
             quick = seat.quick and self.adapters
             if not (seat.deltas or seat.watchers or seat.around or quick) and seat.leave():
                 del self.seats[path]
         for path, port in list(self.attentions.items()):
-            port.deltas.pop(name, None)
             if not port.deltas and not (self.adapters and port.batches):
                 port.leave()
                 del self.attentions[path]
 
     def refresh(self) -> None:
         """Let the live adapters' trained copies, and no others, stand in for parameters."""
-        for module, name in self._shadows:
-            module.__dict__.pop(name, None)
-        self._shadows.clear()  # a module's attributes are slow to set
-        self.plans.clear()
-        self.lengths.clear()
-        if self._stale:
-            self._stale = False
+        if self._shadows:
+            for module, name in self._shadows:
+                module.__dict__.pop(name, None)
+            self._shadows = []
+        self.plans, self.lengths = {}, {}
+        self._stale = False
         self.head.forget()
         if self.rows is not None:
             self.rows.forget()
         self.drop.rest()
-        live = dict(() if self.merged else self.live)
-        for resting in (a for name, a in self._minding.items() if name not in live):
-            for delta in resting.resting:
-                delta.rest()
-        for adapter in live:
-            for delta in self.adapters[adapter].waking:
-                delta.ready()
-            for module, delta in () if self.rows else self.stand_ins[adapter]:
-                for name, view in delta.t.items():
-                    view.__deepcopy__ = _placeholder  # autograd's results refuse to be copied
-                    module.__dict__[name] = view
-                    self._shadows.append((module, name))
+        live = () if self.merged else self.live
+        if self._minding:
+            names = {name for name, _ in live}
+            for resting in (a for name, a in self._minding.items() if name not in names):
+                for delta in resting.resting:
+                    delta.rest()
+        for name, _weight in live if self._entering else ():
+            self._enter(name)
         for port in self.attentions.values():
             port.refresh()
+
+    def _enter(self, adapter: str) -> None:
+        """Tell the deltas of a live adapter that mind it, and let its trained copies stand in."""
+        for delta in self.adapters[adapter].waking:
+            delta.ready()
+        for module, delta in () if self.rows else self.stand_ins[adapter]:
+            for name, view in delta.t.items():
+                view.__deepcopy__ = _placeholder  # autograd's results refuse to be copied
+                module.__dict__[name] = view
+                self._shadows.append((module, name))
 
     @property
     def words(self) -> int:
@@ -284,15 +314,17 @@ class Graft(nn.Module):
             quicken(self, module)
         own = next(module.parameters(), None)
         if own is not None and own.is_floating_point() and not self.rows:
-            for name, _weight in self.live:
-                self.adapters[name].cast(own.dtype)
+            self._cast = [self.adapters[name] for name, _ in self.live]
+            for adapter in self._cast:
+                adapter.cast(own.dtype)
 
     def after(self, module: nn.Module, args: object, output: object) -> None:
         """Runs after the forward of the model: what was cast or kept for it goes."""
         self.readers.rest()
         self.drop.rest()
-        for adapter in self.adapters.values():
+        for adapter in self._cast:
             adapter.cast(None)
+        self._cast = []
 
     def _unstack(self) -> None:
         """Before training: optimisers change numbers without leaving a trace of it."""
@@ -331,11 +363,8 @@ class Graft(nn.Module):
 
 def _direct(delta: Delta, host: nn.Module) -> bool:
     """Whether the delta's views themselves can stand in for the host's parameters."""
-    return (
-        delta.replaces
-        and type(delta).effective is Delta.effective
-        and all(v.dtype == hosts.parameter(host, k).dtype for k, v in delta.t.items())
-    )
+    same = type(delta).effective is Delta.effective
+    return same and all(v.dtype == hosts.parameter(host, k).dtype for k, v in delta.t.items())
 
 
 def _batch(given: dict[str, Any], training: bool) -> Batch:
@@ -365,7 +394,4 @@ def find(model: nn.Module) -> Graft:
 
 def get(model: nn.Module, name: str) -> Adapter:
     """An attached adapter. Raises AdapterError naming the ones that there are."""
-    adapters = find(model).adapters
-    if name not in adapters:
-        raise AdapterError(f"no adapter {name!r} in this model; {nearest(name, adapters)}")
-    return adapters[name]
+    return find(model).get(name)

@@ -195,6 +195,7 @@ def embedding_role(path: str) -> str:
     return "embedding" if _TOKENS.search(path) else "embedding.extra"
 
 
+@lru_cache(maxsize=8192)
 def stack_of(path: str) -> str:
     """The stack a path names, or "" where it names none."""
     for name, pattern in _STACKS:

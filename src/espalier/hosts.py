@@ -246,7 +246,7 @@ def checkpointed(host: nn.Module) -> bool:
     """Whether a block checkpoints itself within its class's forward, as transformers' do."""
     own = type(host).forward
     names = getattr(getattr(own, "__code__", None), "co_names", ())
-    return hasattr(own, "__wrapped__") and "_gradient_checkpointing_func" in names
+    return "_gradient_checkpointing_func" in names and hasattr(own, "__wrapped__")
 
 
 def gain(host: nn.Module) -> Tensor:

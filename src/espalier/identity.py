@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -75,8 +76,14 @@ def _telling(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def _sample(parameter: Tensor) -> list[float]:
     flat = whole(parameter.detach()).view(-1)
-    at = torch.linspace(0, flat.numel() - 1, VALUES).long().to(flat.device)
-    return [float(f"{value:.6g}") for value in flat[at].float().tolist()]
+    values = flat[_spread(flat.numel()).to(flat.device)].float().tolist()
+    return [float(f"{value:.6g}") for value in values]
+
+
+@lru_cache(maxsize=64)
+def _spread(count: int) -> Tensor:
+    """Which of so many values are looked at."""
+    return torch.linspace(0, count - 1, VALUES, device="cpu").long()
 
 
 def check(model: nn.Module, base: Mapping[str, Any], file: Path) -> None:

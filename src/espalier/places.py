@@ -10,7 +10,7 @@ under its fused role and under its slices, which say in `rows` which output feat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
 
@@ -137,6 +137,9 @@ class Sites(Sequence[Site]):
         if isinstance(index, slice):
             return self._narrow(self._sites[index])
         return self._sites[index]
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._sites)
 
     def __len__(self) -> int:
         return len(self._sites)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -107,7 +108,7 @@ def encoders(model: nn.Module, places: Sites) -> dict[str, str]:
             blocks.setdefault(site.stack, []).append(site.path)
     if blocks.pop("decoder", None) is None:
         return {}
-    modules = base_modules(model)
+    modules = base_modules(model) if blocks else {}
     found = {stack: _around(modules, paths) for stack, paths in blocks.items()}
     return {stack: path for stack, path in found.items() if path}
 
@@ -137,8 +138,13 @@ def _child(path: str, inner: str) -> str:
 
 def names(module: nn.Module) -> tuple[str, ...]:
     """What a module's forward takes by name."""
+    return _names(type(module).forward)
+
+
+@lru_cache(maxsize=256)
+def _names(forward: Callable[..., Any]) -> tuple[str, ...]:
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    found = inspect.signature(type(module).forward).parameters.values()
+    found = inspect.signature(forward).parameters.values()
     return tuple(p.name for p in found if p.kind in kinds)[1:]
 
 

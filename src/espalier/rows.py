@@ -52,7 +52,7 @@ def rows(model: nn.Module, choices: Sequence[Choice]) -> Iterator[None]:
         )
     graft = find(model)
     known = {repr(choice): choice for choice in choices}  # each is checked once
-    found = {key: resolve(model, choice) for key, choice in known.items()}
+    found = {key: resolve(graft, choice) for key, choice in known.items()}
     lives = [found[repr(choice)] for choice in choices]
     if len(set(lives)) > 1:
         _check(unwrap(model), graft, list(dict.fromkeys(lives)))

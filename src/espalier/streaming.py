@@ -25,7 +25,7 @@ from espalier.folding import Fold, collect, fold_dense, folded, refuse
 from espalier.graft import find
 from espalier.modules import base_modules, unwrap
 from espalier.places import Site
-from espalier.verbs import Choice, active, resolve
+from espalier.verbs import Choice, resolve
 
 ONTO = ("dequantised", "original")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -185,7 +185,7 @@ def write_merged(
         raise SettingError(f"onto is dequantised or original, not {onto!r}")
     model, folder = unwrap(model), Path(folder)
     graft = find(model)
-    live = resolve(model, active(model) if choice is None else choice)
+    live = resolve(graft, dict(graft.live) if choice is None else choice)
     folds = collect(graft, live)
     refuse(base_modules(model), folds, untie=True, dense=True)
     files = weight_files(str(base))

@@ -319,10 +319,11 @@ def _emit(work: _Survey) -> Iterator[Site]:
         yield site
         for role, rows in host.rows:
             yield replace(site, role=role, n_out=rows.size, rows=rows)
-        family, _, part = site.role.partition(".")
+        family, _, part = host.role.partition(".")
         if part in ("o", "out") and (enter := _enter(parts[family, host.part], host)):
-            kv = _kv(family, parts[family, host.part])
-            yield replace(site, role=family, n_in=enter.n_in, enter=enter.path, kv=kv)
+            at = (family, host.path, host.kind, site.layer, site.stack, enter.n_in, host.n_out)
+            kv = None if family == "ffn" else _kv(family, parts[family, host.part])
+            yield Site(*at, None, enter.path, site.conv, site.tied, site.bits, kv)
 
 
 def _site(host: _Found, stack: str, tied: tuple[str, ...]) -> Site:

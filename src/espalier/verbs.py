@@ -16,7 +16,7 @@ from espalier.deltas import Delta
 from espalier.errors import AdapterError, SettingError, SiteError
 from espalier.graft import Graft, find, get
 from espalier.heads import Head, head_modules
-from espalier.modules import base_modules, unwrap
+from espalier.modules import base_modules, one_walk, unwrap
 from espalier.places import CHILD, Sites
 from espalier.plain.whole import replacements
 from espalier.recipes import Method, Recipe, recipe
@@ -48,8 +48,10 @@ def attach(
         SiteError: A selector matches nothing, or a method cannot stand where it was sent.
         AdapterError: The name is taken, or an adapter is merged into the base.
     """
-    graft, adapter = prepare(model, recipe(method), name, head=head, dtype=dtype)
-    install(model, graft, adapter)
+    parts = recipe(method)
+    with one_walk(model):
+        graft, adapter = prepare(model, parts, name, head=head, dtype=dtype)
+        install(model, graft, adapter)
 
 
 def prepare(
@@ -59,13 +61,12 @@ def prepare(
     *,
     head: Head,
     dtype: torch.dtype,
-    fresh: bool = True,
-    views: bool = True,
+    fresh: bool | None = True,
 ) -> tuple[Graft, Adapter]:
     """An adapter built for a model and the graft to install it with; the model is untouched.
 
-    With `fresh` its numbers start as the methods say, else as zeros that the caller fills. Without
-    `views` its deltas get theirs when it is installed only: who fills the buffers needs none.
+    With `fresh` its numbers start as the methods say, else as zeros that the caller fills by its
+    deltas' views. None is for who fills the buffers: views are made when it is installed.
     """
     model = unwrap(model)
     graft = model._modules.get(CHILD)
@@ -75,7 +76,7 @@ def prepare(
     deltas, paths = deltas_of(model, graft.places, parts, head)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     adapter = Adapter(name, parts, deltas, paths, device, dtype, fresh)
-    if views:
+    if fresh is not None:
         adapter.sync()
     return graft, adapter
 
@@ -116,13 +117,12 @@ def deltas_of(
         for delta in method.deltas(model, places):
             part = f":{delta.site.role}" if delta.site.rows or delta.site.span else ""
             deltas.append((f"{index}/{delta.site.path}{part}", delta))
-    if attending := [delta.site for _, delta in deltas if delta.attends]:
-        base = base_modules(model)
-        for site in attending:
-            caller(base, site)
-    for _, delta in deltas:
-        if delta.embeds:
-            route(model, places, delta)  # raises where words cannot enter
+    base = base_modules(model)
+    for _, delta in deltas:  # both raise where their deltas cannot stand
+        if delta.attends:
+            caller(base, delta.site)
+        elif delta.embeds:
+            route(model, places, delta)
     taken = _replaced([delta for _, delta in deltas], parts)
     heads = replacements(modules, lambda path, name: (path, name) not in taken, head=True)
     deltas += [(f"head/{delta.site.path}", delta) for delta in heads]
@@ -164,19 +164,19 @@ def activate(model: nn.Module, choice: Choice) -> None:
             replace one tensor; a weight below 0 for an adapter that brings keys, or other than 1
             for one that brings words or trained copies of the base's own parameters.
     """
-    live = resolve(model, choice)
     graft = find(model)
-    graft.live = live
+    graft.live = live = resolve(graft, choice)
     for name, _ in live:
         graft.adapters[name].sync()
     graft.refresh()
 
 
-def resolve(model: nn.Module, choice: Choice) -> tuple[tuple[str, float], ...]:
+def resolve(graft: Graft, choice: Choice) -> tuple[tuple[str, float], ...]:
     """(name, weight) of the chosen adapters, checked as `activate` says."""
-    find(model).refuse_merged()
+    graft.refuse_merged()
     if isinstance(choice, str):
-        choice = (choice,)
+        graft.get(choice)
+        return ((choice, 1.0),)
     if not isinstance(choice, Iterable | None):
         raise SettingError(f"adapters are chosen by name, as 'mail', not by {choice!r}")
     given: Iterable[tuple[str, float]] = (
@@ -192,7 +192,7 @@ def resolve(model: nn.Module, choice: Choice) -> tuple[tuple[str, float], ...]:
         raise AdapterError(f"{double!r} is named twice; an adapter acts once, or with a weight")
     owner: dict[tuple[str, str], str] = {}
     for name, weight in live:
-        adapter = get(model, name)
+        adapter = graft.get(name)
         if weight < 0 and any(delta.attends for delta in adapter.deltas):
             raise AdapterError(
                 f"{name!r} brings keys to attend to; its weight multiplies their share of the "
@@ -243,7 +243,7 @@ def detach(model: nn.Module, name: str) -> None:
         AdapterError: It is unknown, or merged into the base.
     """
     graft = find(model)
-    get(model, name)
+    graft.get(name)
     graft.refuse_merged()
     activate(model, {n: w for n, w in graft.live if n != name})
     graft.remove(name)
@@ -252,9 +252,10 @@ def detach(model: nn.Module, name: str) -> None:
     model = unwrap(model)
     del model._modules[CHILD]
     graft.leave()
-    thawed = set(graft.thawed)
-    for path, parameter in model.named_parameters():
-        parameter.requires_grad = path in thawed
+    for path, module in base_modules(model).items():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                parameter.requires_grad = (path, key) in graft.thawed
 
 
 def has_plain(model: nn.Module, name: str) -> bool:

@@ -3,6 +3,7 @@
 Few words come at a time then, and what costs is not the sums but calls, copies and casts. The
 product is added to the host's fresh output in place; of few words it is computed in the factors'
 own fp32, also beside a bf16 host, whose own small products take several times as long on a CPU.
+Factors are read where they lie: numbers may change without leaving a trace of it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ if TYPE_CHECKING:
 FEW = 32  # words up to which a product in fp32 is faster than one in bf16
 
 
-class Term(NamedTuple):
-    """One delta and its weight, and which columns of the output it adds to."""
+class Factors(NamedTuple):
+    """What one delta adds: s · x Aᵀ Bᵀ, on these columns of the output or on all."""
 
-    delta: Delta
-    weight: float
+    down: Tensor  # Aᵀ (D_in, R)
+    up: Tensor  # Bᵀ (R, D_out)
+    scale: float
     columns: tuple[int, int] | None
 
 
@@ -37,18 +39,25 @@ class Served:
         live: (delta, weight) of each.
     """
 
-    __slots__ = ("device", "forward", "host", "kind", "lasting", "terms")
+    __slots__ = ("device", "forward", "host", "kind", "lasting", "live")
 
     def __init__(self, seat: Seat, live: list[tuple[Delta, float]]) -> None:
         self.host, self.forward = seat.host, type(seat.host).forward
-        rows = [delta.site.rows for delta, _ in live]
-        columns = [None if one is None else (one.start, one.stop) for one in rows]
-        self.terms = [Term(*pair, own) for pair, own in zip(live, columns, strict=True)]
+        self.live = live
         self.device = next(iter(live[0][0].t.values())).device
         self.kind = self.device.type
-        made = [_factors(term, torch.float32) for term in self.terms]
-        lasting = all(_lasts(term.delta) for term in self.terms)
-        self.lasting = list(zip(self.terms, made, strict=True)) if lasting else None
+        lasting = all(_lasts(delta) for delta, _ in live)
+        self.lasting = self._factors(torch.float32) if lasting else None
+
+    def _factors(self, dtype: torch.dtype) -> list[Factors]:
+        """The factors of every delta as they are now."""
+        found = []
+        for delta, weight in self.live:
+            (a, b, scale), rows = product(delta)[:3], delta.site.rows
+            columns = None if rows is None else (rows.start, rows.stop)
+            down, up = a.detach().to(dtype).t(), b.detach().to(dtype).t()
+            found.append(Factors(down, up, scale * weight, columns))
+        return found
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call is one for this path: evaluation of one tensor, where the numbers are."""
@@ -57,16 +66,14 @@ class Served:
     def __call__(self, x: Tensor) -> Tensor:
         """The host's output with every product added: x (…, D_in), y (…, D_out)."""
         y = self.forward(self.host, x)  # type: ignore[attr-defined]
-        into = y.view(-1, y.shape[-1])
-        dtype = computed_in(x, len(into))
-        flat = x.reshape(-1, x.shape[-1])
+        into, flat = y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        dtype = computed_in(x, len(flat))
         if x.dtype != dtype:
             flat = flat.to(dtype)
-        if self.lasting is not None and dtype == torch.float32:
-            found = self.lasting
-        else:
-            found = [(term, _factors(term, dtype)) for term in self.terms]
-        for (_, _, columns), (down, up, scale) in found:
+        found = self.lasting
+        if found is None or dtype != torch.float32:
+            found = self._factors(dtype)
+        for down, up, scale, columns in found:
             part = into if columns is None else into[:, columns[0] : columns[1]]
             low = torch.mm(flat, down)
             if part.dtype == dtype:
@@ -97,13 +104,6 @@ def _found(seat: Seat) -> Served | None:
 def side_by_side(delta: Delta) -> bool:
     """Whether the columns that a delta adds to are one slice of the host's."""
     return delta.site.rows is None or delta.site.rows.groups == 1
-
-
-def _factors(term: Term, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-    """Aᵀ (D_in, R), Bᵀ (R, D_out), and what their product is multiplied with, as they are now."""
-    made = product(term.delta)
-    a, b = (factor.detach().to(dtype).t() for factor in made[:2])
-    return a, b, made.scale * term.weight
 
 
 def _lasts(delta: Delta) -> bool:

@@ -3,7 +3,9 @@
 The factors of all adapters of a batch are stacked once. Up to `ALONE` rows each row has its own
 copy of its factors in place: y.baddbmm_(x · down, up), two calls whatever the rows. More rows are
 sorted by adapter into blocks of equal size. Both cost the same for any number of adapters but for
-the memory that is read. B rows, T words each, K choices, R rank, C blocks of n rows.
+the memory that is read. In 16 bits, where a product costs less than sorting, many rows of a few
+adapters are multiplied with the factors of all, and what is not a row's own is hidden.
+B rows, T words each, K choices, R rank, C blocks of n rows.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from espalier.seat import Seat
 
 ALONE = 16
+NARROW = 64  # K · R up to which rows are multiplied with all factors
 FEW = 8  # words of one block up to which batched products in fp32 are faster than in bf16
 
 
@@ -69,6 +72,8 @@ class Grouped:
         place = {live: index for index, live in enumerate(stack.lives)}
         self.choices = [place.get(live, -1) for live in choices]
         self.made: dict[tuple[int, torch.dtype], tuple[Blocks, Tensor, Tensor]] = {}
+        self.narrow = len(stack.down) * stack.down.shape[1] <= NARROW
+        self.all: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor, Tensor] | None] = {}
 
     def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether this call is one that it can compute, if rows can be told in what it is given."""
@@ -81,6 +86,14 @@ class Grouped:
         into = y.view(rows, -1, y.shape[-1])
         blocks = rows if rows <= ALONE else len(self.stack.down)
         dtype = computed_in(x, rows * into.shape[1] // blocks, FEW)
+        if self.narrow and rows > ALONE and dtype.itemsize == 2 and into.dtype == dtype:
+            whole = self._of_all(rows, dtype)
+            if whole is not None:
+                hidden, down, up = whole
+                low = torch.mm(x.reshape(-1, x.shape[-1]), down)
+                low.view(rows, -1, low.shape[-1]).masked_fill_(hidden, 0)
+                into.view(len(low), -1).addmm_(low, up)
+                return y
         given = x.reshape(rows, -1, x.shape[-1]).to(dtype)
         how, down, up = self._factors(rows, dtype)
         if how.order is None:
@@ -98,14 +111,32 @@ class Grouped:
         into.index_add_(0, order, added.to(into.dtype))
         return y
 
+    def _of_all(self, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What of K·R is not a row's own, and all factors (D_in, K·R), (K·R, D_out), made once.
+
+        None where one is not finite: multiplied with zero it would reach the rows of others.
+        """
+        if (rows, dtype) not in self.all:
+            down, up = self.stack.down.to(dtype), self.stack.up.to(dtype)
+            count, rank, _ = down.shape
+            own = torch.tensor(self._whose(rows), device=down.device)
+            others = own.unsqueeze(1) != torch.arange(count, device=down.device)
+            hidden = others.repeat_interleave(rank, 1).unsqueeze(1)  # (B, 1, K·R)
+            whole = hidden, down.flatten(0, 1).t(), up.flatten(0, 1)
+            self.all[rows, dtype] = whole if up.isfinite().all() else None
+        return self.all[rows, dtype]
+
+    def _whose(self, rows: int) -> list[int]:
+        """For each of so many rows the place of its factors, -1 for none."""
+        each = rows // len(self.choices)
+        return [one for one in self.choices for _ in range(each)]
+
     def _factors(self, rows: int, dtype: torch.dtype) -> tuple[Blocks, Tensor, Tensor]:
         """Blocks of so many rows with their factors (C, D_in, R) and (C, R, D_out), made once."""
         made = self.made.get((rows, dtype))
         if made is None:
             down, up = self.stack.down.to(dtype), self.stack.up.to(dtype)
-            each = rows // len(self.choices)
-            whose = [one for one in self.choices for _ in range(each)]
-            blocks = blocks_of(whose, len(down), down.device)
+            blocks = blocks_of(self._whose(rows), len(down), down.device)
             if blocks.whose is not None:
                 down, up = (one.index_select(0, blocks.whose.clamp(min=0)) for one in (down, up))
                 up.masked_fill_((blocks.whose < 0).view(-1, 1, 1), 0)

@@ -233,9 +233,11 @@ def _words(model: nn.Module, graft: Graft) -> tuple[str, nn.Module] | None:
         module = unwrap(model).get_output_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError, TypeError):
         return None
-    paths = {s.path for s in graft.places.whole if s.kind in ("linear", "conv1d")}
     modules = base_modules(model)
-    return next(((path, modules[path]) for path in paths if modules[path] is module), None)
+    for site in graft.places.whole if module is not None else ():
+        if site.kind in ("linear", "conv1d") and modules[site.path] is module:
+            return site.path, modules[site.path]
+    return None
 
 
 def _output(call: Callable[..., Any], x: Tensor) -> Tensor:

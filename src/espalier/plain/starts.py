@@ -19,7 +19,7 @@ from espalier.places import Site
 def uniform(a: Tensor) -> None:
     """Uniform in ±1/√fan_in: Kaiming's with a = √5, what a linear layer starts with."""
     bound = 1 / math.sqrt(a[0].numel())
-    init.uniform_(a, -bound, bound)
+    a.uniform_(-bound, bound)
 
 
 def gaussian(a: Tensor) -> None:
@@ -40,6 +40,7 @@ _MORE = 8  # directions that random projection looks for beyond those asked, for
 _PRINCIPAL = re.compile(r"pissa(?:_niter_(\d+))?")
 
 
+@cache
 def principal(name: str) -> bool:
     """Whether a start takes its factors from the weight: "pissa", or "pissa_niter_4"."""
     return _PRINCIPAL.fullmatch(name) is not None
