@@ -235,7 +235,7 @@ def _measured(entered: dict[str, Contender], rounds: int) -> dict[str, Any]:
         try:
             one.step()  # the optimiser makes its state
             one.step()
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             if not name.startswith("peft"):
                 raise
             print(f"{name} does not run here: {error}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -36,3 +39,18 @@ def _paths(request: pytest.FixtureRequest) -> Iterator[None]:
 
     with plain_paths():
         yield
+
+
+@pytest.fixture
+def peft_finds_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peft up to 0.21 looks for the old name of a cache, which transformers 5.24 still takes."""
+
+    def signature(function: Callable[..., Any]) -> inspect.Signature:
+        found = inspect.signature(function)
+        known = found.parameters
+        if "cache" not in known or "past_key_values" in known:
+            return found
+        old = inspect.Parameter("past_key_values", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return inspect.Signature([old, *known.values()], __validate_parameters__=False)
+
+    monkeypatch.setattr("peft.peft_model.inspect", SimpleNamespace(signature=signature))

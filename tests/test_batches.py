@@ -77,7 +77,7 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "opt": ({"ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.2}, "segments"),
     "mistral": ({"num_key_value_heads": 2, "sliding_window": 4}, "segments"),
     "gemma2": ({"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}, "positions"),
-    "falcon": ({"ffn_hidden_size": 64, "alibi": False}, "mask"),
+    "falcon": ({"ffn_hidden_size": 64, "alibi": False}, "mask or positions"),  # since 5.24
     "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}, "mask"),
 }
 
@@ -94,7 +94,7 @@ def test_a_way_is_found_by_trial_and_texts_are_what_they_are_alone(kind: str) ->
     model = decoder(kind, settings)
     found = separation(model, 24)
     assert isinstance(found, Separation)
-    assert found.way == way
+    assert found.way in way.split(" or ")
     rows = pack(texts(11, 5, 7, 9, 3), 16)
     assert len({len(row["input_ids"]) for row in rows}) > 1  # so that one of them is padded
     batch = found.batch(Causal().collate(rows, tiny.tokenizer("gpt")), sizes_of(rows))

@@ -237,7 +237,13 @@ def test_generation_goes_on_alike(recipe: str, tmp_path: Path) -> None:
     esp.save(model, "mine", tmp_path, format="peft")
     other: Any = peft.PeftModel.from_pretrained(case.make(), str(tmp_path)).eval()
     how = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    assert torch.equal(other.generate(input_ids=ids, **how), model.generate(ids, **how))
+    made = model.generate(ids, **how)
+    # Word by word: peft's own `generate` puts prompts elsewhere since transformers 5.24.
+    for _ in range(5):
+        with torch.no_grad():
+            last = other(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1]
+        ids = torch.cat((ids, last.argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(ids, made)
 
 
 @pytest.mark.parametrize(
@@ -330,6 +336,7 @@ TURNING = [
 ]
 
 
+@pytest.mark.usefixtures("peft_finds_caches")
 @pytest.mark.parametrize("project", [False, True])
 @pytest.mark.parametrize("case", TURNING, ids=lambda case: case.name)
 def test_their_prefix_here(case: Case, project: bool, tmp_path: Path) -> None:
@@ -342,6 +349,7 @@ def test_their_prefix_here(case: Case, project: bool, tmp_path: Path) -> None:
     check_read(case, theirs(case, config), tmp_path)
 
 
+@pytest.mark.usefixtures("peft_finds_caches")
 @pytest.mark.parametrize("recipe", ["PTuningV2(length=5)", "PrefixTuning(length=5, hidden=8)"])
 @pytest.mark.parametrize("case", TURNING, ids=lambda case: case.name)
 def test_our_prefix_there(case: Case, recipe: str, tmp_path: Path) -> None:

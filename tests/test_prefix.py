@@ -172,6 +172,7 @@ def test_a_cross_prefix_of_a_text_equals_a_longer_encoder_text(case: Case) -> No
     assert torch.allclose(logits(model, {"input_ids": second, **words}), expected, atol=1e-5)
 
 
+@pytest.mark.usefixtures("peft_finds_caches")
 def test_peft_agrees_on_bert_where_positions_are_shifted_as_it_shifts_them() -> None:
     length, batch = 5, BERT.batch()
     config = peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=length)

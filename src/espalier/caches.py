@@ -18,10 +18,14 @@ def cache_in(given: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def words_in(cache: Any) -> int | None:
-    """How many words a cache holds; None where a recurrent state counts none but has read some."""
-    if cache is None:
-        return 0
+    """How many words a cache holds; None where it has recurrent states alone, which count none."""
     try:
-        return cache.get_seq_length()
-    except ValueError:  # of recurrent layers alone
-        return None if cache.has_previous_state() else 0
+        return 0 if cache is None else cache.get_seq_length()
+    except ValueError:
+        return None
+
+
+def begun(cache: Any) -> bool:
+    """Whether a cache holds some text already."""
+    words = words_in(cache)
+    return cache.has_previous_state() if words is None else words > 0

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from espalier import hosts
 from espalier.adapter import Adapter
 from espalier.attention import Attention, caller
-from espalier.caches import cache_in, words_in
+from espalier.caches import begun, cache_in
 from espalier.deltas import Batch, Delta
 from espalier.errors import AdapterError, nearest
 from espalier.fast.drop import Drop
@@ -369,7 +369,7 @@ def _direct(delta: Delta, host: nn.Module) -> bool:
 
 def _batch(given: dict[str, Any], training: bool) -> Batch:
     _, cache = cache_in(given)
-    continuing = words_in(cache) != 0
+    continuing = begun(cache)
     mask, decoder_mask = given.get("attention_mask"), given.get("decoder_attention_mask")
     return Batch(mask, decoder_mask, continuing, training)
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from espalier.caches import cache_in, words_in
+from espalier.caches import begun, cache_in, words_in
 from espalier.deltas import Batch, Delta
 from espalier.errors import AdapterError
 from espalier.modules import base_modules
@@ -322,15 +322,15 @@ def _wide_mask(mask: Tensor, gaps: tuple[int, int, int]) -> Tensor:
 def _held(given: Mapping[str, Any], length: int, size: int) -> int:
     """How many words, prompts among them, the cache holds that the stack goes on from."""
     _, cache = cache_in(given)
-    if getattr(cache, "is_compileable", False):
+    words = words_in(cache)
+    if words is not None and getattr(cache, "is_compileable", False):
         raise AdapterError(
             "a cache of fixed size has no room for a soft prompt; leave cache_implementation out"
         )
-    words = words_in(cache)
-    if words is None:
+    if words is None and begun(cache):
         mask = given.get("attention_mask")
         return 1 + length if mask is None else mask.shape[1] + length - size
-    return words
+    return words or 0
 
 
 def _shape(mask: object) -> str:
