@@ -315,8 +315,9 @@ class Graft(nn.Module):
         own = next(module.parameters(), None)
         if own is not None and own.is_floating_point() and not self.rows:
             self._cast = [self.adapters[name] for name, _ in self.live]
+            dtype = hosts.computed(own)
             for adapter in self._cast:
-                adapter.cast(own.dtype)
+                adapter.cast(dtype)
 
     def after(self, module: nn.Module, args: object, output: object) -> None:
         """Runs after the forward of the model: what was cast or kept for it goes."""

@@ -209,7 +209,6 @@ class _Linear(torch.autograd.Function):
         if held:
             plan.shared.left -= 1
             x = plan.shared.again(plan.again, held)
-        full = weight
         full: Any = weight
         if weight is None and (needs_x or any(needs[2::3])):
             full = plan.unpack()  # type: ignore[misc]
