@@ -28,7 +28,7 @@ from espalier.fast.linear import Readers
 from espalier.fast.quick import quicken
 from espalier.fast.switch import enabled
 from espalier.modules import base_modules, is_sharded, unwrap
-from espalier.places import CHILD, Rows, Sites, sites
+from espalier.places import CHILD, Sites, sites
 from espalier.prompts import Prompts
 from espalier.routes import encoders, names
 from espalier.seat import Seat
@@ -61,7 +61,6 @@ class Graft(nn.Module):
         merged: What undoes a merge, and the adapters that were live before it.
         rows: Which rows of a batch are on which of the live adapters; None while all are on all.
         plans: By path of the host what is live there, where it is products (fast/decoding.py).
-        lengths: By path and rows what the rows of a frozen weight measure, and when that was so.
         stacks: By path the factors of the adapters that rows were on last (fast/grouped.py).
         tellers: The root, and encoders that are also called without it.
         head: Where logits are put off until they are needed (fast/head.py).
@@ -84,7 +83,6 @@ class Graft(nn.Module):
         self.merged: tuple[list[Callable[[], None]], tuple[tuple[str, float], ...]] | None = None
         self.rows: Mixed | None = None
         self.plans: dict[str, Served | None] = {}
-        self.lengths: dict[tuple[str, Rows | None], tuple[object, Tensor]] = {}
         self.stacks: dict[str, Stack] = {}
         self.places: Sites = sites(model)
         self.tellers = [Teller(model, names(model), None)]
@@ -204,7 +202,7 @@ class Graft(nn.Module):
             for module, name in self._shadows:
                 module.__dict__.pop(name, None)
             self._shadows = []
-        self.plans, self.lengths = {}, {}
+        self.plans = {}
         self._stale = False
         self.head.forget()
         if self.rows is not None:

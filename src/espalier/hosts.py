@@ -99,10 +99,9 @@ def current(host: nn.Module, site: Site, dtype: torch.dtype) -> dict[str, Tensor
 
 def computed(x: Tensor) -> torch.dtype:
     """The type in which products of x are computed: x's own, or what autocast casts it to."""
-    kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float64 or not _casts(x):
         return x.dtype
-    return torch.get_autocast_dtype(kind)
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def multiplies(host: nn.Module, x: Tensor) -> bool:
@@ -115,7 +114,7 @@ def multiplies(host: nn.Module, x: Tensor) -> bool:
         return False
     kind = type(host)
     if kind is nn.Linear or _is(kind, "transformers.pytorch_utils", "Conv1D"):
-        casts = torch.is_autocast_enabled(x.device.type) and x.is_floating_point()
+        casts = _casts(x) and x.is_floating_point()
         return weight.dtype == x.dtype or (casts and torch.float64 not in (weight.dtype, x.dtype))
     if _is(kind, "bitsandbytes.nn.modules", "Linear4bit") and computed(x) == x.dtype:
         return host.compute_dtype in (None, x.dtype) and hasattr(weight, "quant_state")
@@ -141,6 +140,12 @@ def _upright(host: nn.Module, weight: Tensor) -> Tensor:
 
 def _cast(host: nn.Module, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return _upright(host, weight).to(dtype)
+
+
+def _casts(x: Tensor) -> bool:
+    """Whether autocast is on where x is; there is none on meta."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _is(kind: type, module: str, name: str) -> bool:

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from espalier.errors import CheckpointError
 from espalier.hosts import whole
@@ -83,7 +84,8 @@ def _sample(parameter: Tensor) -> list[float]:
 @lru_cache(maxsize=64)
 def _spread(count: int) -> Tensor:
     """Which of so many values are looked at."""
-    return torch.linspace(0, count - 1, VALUES, device="cpu").long()
+    with _disable_current_modes():  # it is kept: no fake numbers
+        return torch.linspace(0, count - 1, VALUES, device="cpu").long()
 
 
 def check(model: nn.Module, base: Mapping[str, Any], file: Path) -> None:

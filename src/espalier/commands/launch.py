@@ -203,7 +203,8 @@ def ended(rank: int, total: int, code: int) -> str:
     """What to say of the process that ended first, and took the others with it."""
     how = f"exit code {code}"
     if code < 0:
-        how = signal.Signals(-code).name
+        known = -code in set(signal.Signals)
+        how = signal.Signals(-code).name if known else f"signal {-code}"
         if -code == signal.SIGKILL:
             how += ", as when the machine's memory is full"
     return (

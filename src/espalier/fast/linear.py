@@ -219,9 +219,11 @@ class _Linear(torch.autograd.Function):
             if sigma is None:
                 continue
             part, stretch = g[:, columns], sigma.to(g.dtype)
-            if needs[3 * index + 2] and y is not None:
+            length = 1 + stretch.to(sigma.dtype)
+            # A column that was stretched to nothing tells nothing of its z.
+            if needs[3 * index + 2] and y is not None and bool(length.all()):
                 own = y[:, columns] if bias is None else y[:, columns] - bias[columns]
-                grads[3 * index + 2] = _along(part, own, 1 + stretch.to(sigma.dtype))
+                grads[3 * index + 2] = (part * own).sum(0).to(sigma.dtype) / length
             elif needs[3 * index + 2]:
                 assert x is not None
                 z = F.linear(x, full[columns]).addmm_(lows[index], b.t(), alpha=scale)
@@ -286,14 +288,6 @@ def _through(plan: _Plan, g: Tensor, weight: Tensor) -> Tensor:
         shared.grad = (g @ weight).view(plan.shape)
         return shared.grad.view(-1, plan.shape[-1])
     return shared.grad.view(-1, plan.shape[-1]).addmm_(g, weight)
-
-
-def _along(g: Tensor, y: Tensor, length: Tensor) -> Tensor:
-    """The gradient (D,) of a stretch from what was stretched, y = length ⊙ z: Σ g ⊙ z over rows.
-
-    A column that was stretched to nothing tells nothing of it.
-    """
-    return (g * y).sum(0).to(length.dtype) / length.masked_fill(length == 0, 1)
 
 
 def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:

@@ -81,7 +81,7 @@ def norm_law(module: nn.Module, x: Tensor) -> Law | None:
     own = module._parameters
     if list(own) != ["weight"] or module._modules or own["weight"] is None:
         return None
-    if own["weight"].shape != x.shape[-1:]:
+    if own["weight"].shape != x.shape[-1:] or x.dtype == torch.float64:  # ours computes in fp32
         return None
     numbers = sorted({v for v in vars(module).values() if isinstance(v, float)})
     laws = [Law(e, o, w) for e in numbers for o in (0.0, 1.0) for w in (False, True)]

@@ -13,7 +13,6 @@ from espalier.fast.decoding import is_product, side_by_side
 from espalier.fast.linear import Term, with_products
 from espalier.fast.made import in_type
 from espalier.fast.switch import enabled
-from espalier.plain.directed import lengths
 
 if TYPE_CHECKING:
     from espalier.seat import Seat
@@ -57,10 +56,7 @@ def output(seat: Seat, live: Live, x: Tensor) -> Tensor:
     drop = seat.graft.drop
     terms: list[Term] = []
     for delta, weighed in live:
-        t = hosts.tensors(delta, x, host)
-        if delta.stretches:
-            t["length"] = _length(seat, delta, t["weight"])
-        product = delta.product(t)
+        product = delta.product(hosts.tensors(delta, x, host))
         assert product is not None
         share = product.dropout if host.training else 0.0
         seed = drop.seed(x, delta) if share else 0
@@ -71,15 +67,3 @@ def output(seat: Seat, live: Live, x: Tensor) -> Tensor:
     # What a feed-forward computes next keeps its input anyway, and its products are dear to repeat.
     keeps = live[0][0].site.role.startswith("ffn")
     return with_products(x, weight, bias, terms, drop, seat.graft.readers, keeps)
-
-
-def _length(seat: Seat, delta: Delta, weight: Tensor) -> Tensor:
-    """The lengths of a frozen weight's rows, measured again only where it may be another."""
-    own = seat.host.weight
-    assert isinstance(own, Tensor)
-    stamp = (own.data_ptr(), 0 if own.is_inference() else own._version, weight.dtype, weight.device)
-    key = (seat.path, delta.site.rows)
-    held = seat.graft.lengths.get(key)
-    if held is None or held[0] != stamp:
-        held = seat.graft.lengths[key] = stamp, lengths(weight)
-    return held[1]

@@ -49,15 +49,12 @@ class Directed(Delta):
         return Product(*factors(t), self.scale, self.dropout, self.stretch(t))
 
     def stretch(self, t: Tensors) -> Tensor:
-        """How much longer each row gets, m / ρ − 1 (D_out,), at least fp32.
-
-        Where t has the rows' own "length", as `lengths` gives it, it is not taken again.
-        """
+        """How much longer each row gets, m / ρ − 1 (D_out,), at least fp32."""
         w = t["weight"]
+        wide = torch.promote_types(w.dtype, torch.float32)
         with torch.no_grad():
             a, b = factors(t)
-            length = t["length"] if "length" in t else lengths(w)
-            wide = length.dtype
+            length = torch.linalg.vector_norm(w, dim=1, dtype=wide)
             # ρ² − ‖W‖² = 2s ⟨W, BA⟩ + s² ‖BA‖², row by row
             both = torch.addmm(F.linear(w, a), b, a @ a.T, beta=2 * self.scale, alpha=self.scale**2)
             more = (both.to(wide) * b).sum(1)
@@ -83,9 +80,3 @@ class Directed(Delta):
     def changed(self, host: nn.Module) -> tuple[int, int | None]:
         """The whole slice of the weight; stretched rows bound no rank."""
         return self.site.n_in * self.site.n_out, None
-
-
-def lengths(w: Tensor) -> Tensor:
-    """‖row‖ (D_out,) of a weight (D_out, D_in), at least fp32."""
-    wide = torch.promote_types(w.dtype, torch.float32)
-    return torch.linalg.vector_norm(w, dim=1, dtype=wide)
