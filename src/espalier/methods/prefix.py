@@ -26,7 +26,7 @@ from torch import nn
 from espalier.deltas import Delta, Trained
 from espalier.places import Sites
 from espalier.plain.prefix import MadePrefix, Prefix, shared_layer
-from espalier.recipes import Method, check
+from espalier.recipes import Method, check, check_number
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,7 @@ class PrefixTuning(Method):
         check(self, "reparametrize", isinstance(self.reparametrize, bool), "True or False")
         share = isinstance(self.dropout, int | float) and 0 <= self.dropout < 1
         check(self, "dropout", share, "at least 0 and below 1")
-        number = isinstance(self.std, int | float) and not isinstance(self.std, bool)
-        check(self, "std", number and 0 <= self.std < 100, "a number of at least 0, such as 0.2")
+        check_number(self, "std", lambda x: 0 <= x < 100, "a number of at least 0, such as 0.2")
         check(self, "sites", isinstance(self.sites, str), "a selector such as 'attention'")
 
     @property
