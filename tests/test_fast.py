@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import espalier as esp
-from espalier.fast.attention import batched, in_training
 from espalier.fast.drop import Drop
 from espalier.fast.gated import act_of, gated
 from espalier.fast.linear import Readers, Term, with_products
 from espalier.fast.norm import Law, norm_law, rms_norm
 from espalier.fast.quick import QuickFeed
 from espalier.fast.rotary import rotating_twin
-from zoo import BY_NAME
+from graded import equal, graded, numbers, saved_bytes
+from zoo import BY_NAME, undropped
 
 RECIPES = (
     "LoRA(rank=4)",
@@ -39,9 +39,9 @@ RECIPES = (
 )
 
 
-def shaken(model: nn.Module) -> nn.Module:
+def shaken(model: nn.Module, seed: int = 1) -> nn.Module:
     """The model with trained numbers that are not those of a fresh adapter."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in esp.parameters(model):
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -78,7 +78,7 @@ def agree(fast: Any, plain: Any, bound: float) -> None:
 def test_fast_paths_give_the_losses_and_gradients_of_the_plain_ones(
     family: str, recipe: str
 ) -> None:
-    model = BY_NAME[family].make().train()
+    model = undropped(BY_NAME[family].make().train())
     esp.attach(model, recipe)
     agree(*both(shaken(model), BY_NAME[family].batch()), 5e-5)
 
@@ -121,8 +121,8 @@ def errors(model: nn.Module, data: dict[str, Any], fast: Any, plain: Any) -> tup
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_over_a_bf16_base_they_are_as_near_to_the_truth_as_the_plain_ones(family: str) -> None:
-    model, data = BY_NAME[family].make().to(torch.bfloat16).train(), BY_NAME[family].batch()
-    esp.attach(model, "LoRA(rank=4)")
+    model, data = undropped(BY_NAME[family].make()).to(torch.bfloat16), BY_NAME[family].batch()
+    esp.attach(model.train(), "LoRA(rank=4)")
     ours, theirs = errors(model, data, *both(shaken(model), data))
     assert ours < 1.5 * theirs < 0.5
 
@@ -149,14 +149,17 @@ def fused(model: nn.Module, data: dict[str, Any]) -> dict[torch.dtype, int]:
 def test_under_autocast_they_are_as_near_to_the_truth_as_the_plain_ones(
     family: str, base: torch.dtype, recipe: str
 ) -> None:
-    model, data = BY_NAME[family].make().to(base).train(), BY_NAME[family].batch()
-    esp.attach(model, recipe)
-    shaken(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert fused(model, data).keys() == {torch.bfloat16}
-        fast, plain = both(model, data)
-    assert fast[0].item() == pytest.approx(plain[0].item(), rel=5e-3)
-    ours, theirs = errors(model, data, fast, plain)
+    data, found = BY_NAME[family].batch(), []
+    for seed in range(1, 4):  # single ones differ by luck
+        model = undropped(BY_NAME[family].make()).to(base).train()
+        esp.attach(model, recipe)
+        shaken(model, seed)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert fused(model, data).keys() == {torch.bfloat16}
+            fast, plain = both(model, data)
+        assert fast[0].item() == pytest.approx(plain[0].item(), rel=5e-3)
+        found.append(errors(model, data, fast, plain))
+    ours, theirs = (sum(each) / 3 for each in zip(*found, strict=True))
     assert ours < 2 * theirs < 0.7
 
 
@@ -182,22 +185,6 @@ def test_detaching_takes_every_stand_in_away() -> None:
     assert "forward" in model.model.norm.__dict__
     esp.detach(model, "default")
     assert {path: set(module.__dict__) for path, module in model.named_modules()} == before
-
-
-def saved_bytes(model: nn.Module, data: dict[str, Any]) -> int:
-    """What autograd keeps between forward and backward, parameters left out."""
-    known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(**data).loss.backward()
-    return sum(kept.values())
 
 
 @pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 0.75), (torch.bfloat16, 0.6)])
@@ -241,23 +228,6 @@ def test_lengths_of_rows_are_measured_again_where_the_weight_changed() -> None:
 
 
 # -- one function at a time ------------------------------------------------------------------
-
-
-def graded(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    """Output and gradients for a fixed gradient of the output."""
-    fresh = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
-    out = function(*fresh)
-    back = torch.sin(torch.arange(out.numel(), dtype=out.dtype)).view_as(out)
-    return [out, *torch.autograd.grad(out, [x for x in fresh if x.requires_grad], back)]
-
-
-def equal(ours: list[Tensor], theirs: list[Tensor], tolerance: float = 1e-9) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-
-
-def numbers(*shape: int, grad: bool = True) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64).requires_grad_(grad)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4])
@@ -328,31 +298,6 @@ def test_linears_that_read_one_tensor_add_up_its_gradient() -> None:
         return x + sum(x @ w.T + x @ a.T @ b.T for w in weights)
 
     equal(graded(ours, [x, a, b]), graded(theirs, [x, a, b]))
-
-
-def test_dropout_keeps_its_share_and_its_scale_and_repeats_itself() -> None:
-    drop, x = Drop(), torch.ones(300, 401)
-    once = drop(x, 0.3, 11)
-    drop.rest()
-    assert torch.equal(once, drop(x, 0.3, 11))
-    assert not torch.equal(once, drop(x, 0.3, 12))
-    assert (once == 0).double().mean().item() == pytest.approx(0.3, abs=0.01)
-    assert once.max().item() == pytest.approx(1 / 0.7, rel=1e-4)
-    torch.testing.assert_close(drop(x.bfloat16(), 0.3, 11) == 0, once == 0)
-    columns = (once == 0).double().mean(0)  # four decisions of one draw are independent
-    assert columns.std().item() == pytest.approx((0.3 * 0.7 / 300) ** 0.5, rel=0.2)
-
-
-def test_dropout_of_nearly_all_leaves_numbers() -> None:
-    assert Drop()(torch.ones(64, 64), 0.99999, 11).isfinite().all()
-
-
-def test_one_input_has_one_mask_and_each_pass_its_own() -> None:
-    drop, x = Drop(), torch.ones(3, 4)
-    first = drop.seed(x, "q")
-    assert drop.seed(x, "k") == first
-    assert drop.seed(x, "q") != first
-    assert drop.seed(torch.ones(3, 4), "k") != first
 
 
 class Norm(nn.Module):
@@ -486,42 +431,6 @@ def test_a_forward_that_was_replaced_has_no_twin_of_the_old_one(
     assert rotating_twin(LlamaAttention) is not None
     monkeypatch.setattr(LlamaAttention, "forward", lambda self, x: x)
     assert rotating_twin(LlamaAttention) is None
-
-
-def test_masks_that_train_or_are_wider_than_the_scores_are_left_to_the_model() -> None:
-    module, q = nn.Identity().train(), torch.randn(1, 2, 4, 8, dtype=torch.bfloat16)
-    mask = torch.zeros(1, 1, 4, 4, dtype=q.dtype)
-    assert in_training(module, q, q, q, mask, {}) is not None
-    assert in_training(module, q, q, q, mask.float(), {}) is None
-    assert in_training(module, q, q, q, mask.clone().requires_grad_(), {}) is None
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("masked", [None, "bool", "added"])
-@pytest.mark.parametrize("length", [5, 300])  # one block of queries, and two
-def test_attention_as_batched_products(causal: bool, masked: str | None, length: int) -> None:
-    if causal and masked:
-        pytest.skip("a mask says itself what is later")
-    torch.manual_seed(0)
-    q, k, v = numbers(2, 4, length, 8), numbers(2, 2, length, 8), numbers(2, 2, length, 8)
-    mask = None
-    if masked:
-        mask = torch.rand(2, 1, length, length) > 0.3
-        mask[..., 0] = True
-        if masked == "added":
-            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -1e9)
-
-    def theirs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=causal, scale=0.3, enable_gqa=True
-        )
-        return out.transpose(1, 2)
-
-    ours = graded(lambda q, k, v: batched(q, k, v, mask, 0.3, causal), [q, k, v])
-    equal(ours, graded(theirs, [q, k, v]))
-    if length < 9 and masked != "bool":
-        flat = (x.detach().flatten(0, 1).requires_grad_() for x in (k, v))
-        torch.library.opcheck(torch.ops.espalier.attend, (q, *flat, mask, 0.3, causal))
 
 
 def read_twice(x: Tensor, readers: Readers, w: Tensor, b: Tensor) -> Tensor:

@@ -128,6 +128,17 @@ CASES = [
 BY_NAME = {case.name: case for case in CASES}
 
 
+def undropped(model: nn.Module) -> nn.Module:
+    """The model without any dropout of its own."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    return model
+
+
 def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The model's logits, without a graph."""
     with torch.no_grad():

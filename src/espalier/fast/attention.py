@@ -1,6 +1,10 @@
-"""Attention as batched products, for bf16 on a CPU, where they take half of a flash kernel's time.
+"""Attention as batched products, on a CPU, for bf16 and for dropout.
 
-    O = softmax(s · Q Kᵀ + M) V,   Q (B, h, T, d), K and V (B, h_kv, S, d), M (T, S) or (B, 1, T, S)
+    O = drop(softmax(s · Q Kᵀ + M)) V,   Q (B, h, T, d), K and V (B, h_kv, S, d),
+                                         M (T, S) or (B, 1, T, S)
+
+In bf16 they take half of a flash kernel's time, and a fifth of it for narrow heads. With dropout
+torch has no flash kernel there: it keeps shares, mask and what is left for backward.
 
 Queries are taken in blocks: a causal block meets no keys after its last query, and no matrix is
 larger than a block's scores. Backward keeps Q, K and V and makes the shares again. Scores are
@@ -17,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from espalier.fast import drop
 from espalier.fast.switch import enabled
 
 _KNOWN = frozenset(("scaling", "dropout", "is_causal", "sliding_window", "position_ids"))
@@ -38,20 +43,29 @@ class _Batched(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return *_back(g, *ctx.saved_tensors, *ctx.how), None, None, None
+        return *_back(g, *ctx.saved_tensors, *ctx.how), *[None] * (1 + len(ctx.how))
 
 
 def _attend(
-    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, causal: bool
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    dropout: float = 0.0,
+    seed: int = 0,
 ) -> Tensor:
     """What queries (B, h, T, d) take from keys and values (B·h_kv, S, d): (B, T, h, d)."""
     batch, heads, length, _ = q.shape
     out = q.new_empty(batch, length, heads, values.shape[-1])
     for rows, seen in _blocks(length, keys.shape[1], causal):
         shares = _shares(q, keys, mask, scale, causal, rows, seen)
+        if dropout:
+            shares = drop.left(shares, drop.keeps(shares, dropout, seed + rows.start))
         block = torch.bmm(shares, values[:, :seen])
         out[:, rows] = _apart(block, q, rows).transpose(1, 2)
-    return out
+    return out.mul_(drop.gain(dropout)) if dropout else out
 
 
 def _back(
@@ -62,16 +76,23 @@ def _back(
     mask: Tensor | None,
     scale: float,
     causal: bool,
+    dropout: float = 0.0,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, keys and values for that of the result, g (B, T, h, d)."""
     heads = len(keys) // len(q)
+    g = g * drop.gain(dropout) if dropout else g
     dq = torch.empty_like(q)
     dk = dv = None
     for rows, seen in reversed(list(_blocks(q.shape[2], keys.shape[1], causal))):
         shares = _shares(q, keys, mask, scale, causal, rows, seen)
         go = _together(g[:, rows].transpose(1, 2), heads)
-        more = torch.bmm(go.transpose(1, 2), shares).transpose(1, 2)
         gs = torch.bmm(go, values[:, :seen].transpose(1, 2))
+        taken = shares
+        if dropout:
+            keeps = drop.keeps(shares, dropout, seed + rows.start)
+            taken, gs = drop.left(shares, keeps), drop.left(gs, keeps)
+        more = torch.bmm(go.transpose(1, 2), taken).transpose(1, 2)
         gs = torch._softmax_backward_data(gs, shares, -1, shares.dtype)
         more_k = torch.bmm(_together(q[:, :, rows], heads).transpose(1, 2), gs).transpose(1, 2)
         if dk is None or dv is None:  # the last block: it has seen every key
@@ -124,9 +145,21 @@ _op.register_autograd(_graded, setup_context=_keep)
 
 
 def suits(module: nn.Module) -> bool:
-    """Whether an attention computes where batched products pay: in bf16 on a CPU."""
+    """Whether an attention computes where batched products pay: on a CPU, bf16 or dropout."""
     own = next(module.parameters(), None)
-    return own is not None and own.dtype == torch.bfloat16 and own.device.type == "cpu"
+    if own is None or own.device.type != "cpu":
+        return False
+    return own.dtype == torch.bfloat16 or (own.dtype == torch.float32 and _drops(module))
+
+
+def _drops(module: nn.Module) -> bool:
+    """Whether an attention has a dropout, as a module or a number of its own."""
+    own = {**module.__dict__, **module._modules}
+    return any(
+        value.p > 0 if isinstance(value, nn.Dropout) else isinstance(value, float) and value > 0
+        for name, value in own.items()
+        if "drop" in name
+    )
 
 
 def in_training(
@@ -139,7 +172,10 @@ def in_training(
         return None
     given = {name: value for name, value in given.items() if value is not None}
     odd = any(value is not False and name not in _KNOWN for name, value in given.items())
-    if odd or given.get("dropout") or q.dtype != torch.bfloat16 or q.device.type != "cpu":
+    dropout = given.get("dropout", 0.0)
+    if odd or q.device.type != "cpu" or (dropout and torch.compiler.is_compiling()):
+        return None
+    if q.dtype != torch.bfloat16 and not (dropout and q.dtype == torch.float32):
         return None
     causal = given.get("is_causal", getattr(module, "is_causal", True))
     causal = bool(causal) and mask is None and q.shape[2] > 1
@@ -147,11 +183,17 @@ def in_training(
         return None
     if mask is not None and not _one_for_all_heads(mask, q.dtype):
         return None
-    return batched(q, k, v, mask, given.get("scaling", q.shape[-1] ** -0.5), causal)
+    return batched(q, k, v, mask, given.get("scaling", q.shape[-1] ** -0.5), causal, dropout)
 
 
 def batched(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Attention of queries (B, h, T, d) to keys and values (B, h_kv, S, d): (B, T, h, d).
 
@@ -162,11 +204,14 @@ def batched(
         mask: Added to the scores, or True where a key is seen: (1 or B, 1, 1 or T, S).
         scale: What scores are multiplied with.
         causal: Query i sees the keys 0 to i; T is S then.
+        dropout: Share of the shares that is set to zero; not while compiling.
     """
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, torch.finfo(q.dtype).min)
-    function = _op if torch.compiler.is_compiling() else _Batched.apply
-    return function(q.contiguous(), _flat(k), _flat(v), mask, scale, causal)  # type: ignore[return-value]
+    given = q.contiguous(), _flat(k), _flat(v), mask, scale, causal
+    if torch.compiler.is_compiling():
+        return _op(*given)
+    return _Batched.apply(*given, dropout, drop.drawn() if dropout else 0)  # type: ignore[return-value]
 
 
 def _one_for_all_heads(mask: Any, dtype: torch.dtype) -> bool:

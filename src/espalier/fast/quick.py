@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from espalier.attention import Attention, callers
 from espalier.fast.attention import suits
+from espalier.fast.drop import dropped
 from espalier.fast.gated import act_of, gated
 from espalier.fast.norm import Law, norm_law, rms_norm
 from espalier.fast.rotary import rotating_twin
@@ -71,7 +72,19 @@ class QuickAttention:
         return None if twin is None else twin(host, *args, **kwargs)
 
 
-Quick = QuickNorm | QuickFeed | QuickAttention
+class QuickDropout:
+    """A dropout on a CPU, where torch's own is slow and keeps its mask."""
+
+    def __call__(self, host: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
+        """What is left of x, or None where torch's own had better be called."""
+        x, share = args[0] if args else None, host.p
+        if len(args) != 1 or kwargs or not 0 < share < 1 or host.inplace:  # type: ignore[operator]
+            return None
+        suits = x.device.type == "cpu" and x.is_floating_point()  # type: ignore[union-attr]
+        return dropped(x, share) if suits else None  # type: ignore[arg-type]
+
+
+Quick = QuickNorm | QuickFeed | QuickAttention | QuickDropout
 
 
 def taken(quick: Quick, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -83,8 +96,11 @@ def taken(quick: Quick, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 
 def quicken(graft: Graft, model: nn.Module) -> None:
-    """Give every norm and gated feed-forward a stand-in, and attention its batched products."""
+    """Give norms, gated feed-forwards and dropouts a stand-in, and attention batched products."""
     modules = base_modules(model)
+    for path, module in modules.items():
+        if type(module) is nn.Dropout and module.p:
+            graft.seat(path, module).quick = QuickDropout()
     feeds: dict[str, dict[str, str]] = {}
     for site in graft.places:
         parent, _, child = site.path.rpartition(".")
@@ -100,7 +116,7 @@ def quicken(graft: Graft, model: nn.Module) -> None:
     for path, module in callers(modules, graft.places).items():
         if rotating_twin(type(module)) is not None:
             graft.seat(path, module).quick = QuickAttention()
-        if suits(model) and path not in graft.attentions:
+        if suits(module) and path not in graft.attentions:
             graft.attentions[path] = Attention(module, graft)
             graft.attentions[path].refresh()
 
