@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import pytest
@@ -150,7 +151,7 @@ def test_under_autocast_they_are_as_near_to_the_truth_as_the_plain_ones(
     family: str, base: torch.dtype, recipe: str
 ) -> None:
     data, found = BY_NAME[family].batch(), []
-    for seed in range(1, 4):  # single ones differ by luck
+    for seed in range(1, 6):  # where a norm's input is nearly even, rounding alone says little
         model = undropped(BY_NAME[family].make()).to(base).train()
         esp.attach(model, recipe)
         shaken(model, seed)
@@ -159,7 +160,7 @@ def test_under_autocast_they_are_as_near_to_the_truth_as_the_plain_ones(
             fast, plain = both(model, data)
         assert fast[0].item() == pytest.approx(plain[0].item(), rel=5e-3)
         found.append(errors(model, data, fast, plain))
-    ours, theirs = (sum(each) / 3 for each in zip(*found, strict=True))
+    ours, theirs = (median(each) for each in zip(*found, strict=True))
     assert ours < 2 * theirs < 0.7
 
 
