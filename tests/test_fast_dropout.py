@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import espalier as esp
 from espalier.fast.attention import batched, in_training
@@ -140,3 +144,19 @@ def test_attention_drops_on_a_cpu_without_keeping_shares() -> None:
     assert in_training(module, q, q, q, None, {"dropout": 0.1}) is not None
     assert in_training(module, q, q, q, None, {"dropout": 0.0}) is None  # a flash kernel's work
     assert in_training(module, q.double(), q, q, None, {"dropout": 0.1}) is None
+
+
+def test_the_side_of_a_ladder_attends_by_batched_products_too() -> None:
+    class Named(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None):
+            seen.add(str(func))
+            return func(*args, **(kwargs or {}))
+
+    seen: set[str] = set()
+    model, data = BY_NAME["bert"].make().to(torch.bfloat16).train(), BY_NAME["bert"].batch()
+    esp.attach(model, "LadderSideTuning(reduction=2)")
+    for plain in (True, False):
+        seen.clear()
+        with Named(), esp.plain_paths() if plain else nullcontext():
+            model(**data).loss.backward()
+        assert any("scaled_dot_product" in name for name in seen) == plain

@@ -82,6 +82,14 @@ class StandIn:
         raise NotImplementedError
 
 
+class Batched(StandIn):
+    """An attention without deltas, by batched products in training where they pay."""
+
+    def call(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
+        """Attention as the model's own."""
+        return self.own(q, k, v, mask, kwargs)
+
+
 class Attention(StandIn):
     """One attention module with the deltas that it attends to besides the text, by adapter."""
 
@@ -199,6 +207,11 @@ def callers(modules: Mapping[str, nn.Module], places: Iterable[Site]) -> dict[st
     return found
 
 
+def calls(module: nn.Module) -> bool:
+    """Whether a module's forward computes attention through transformers' table."""
+    return bool(_scope(type(module))[1]) and "config" in module.__dict__
+
+
 def caller(modules: Mapping[str, nn.Module], site: Site) -> tuple[str, nn.Module]:
     """The module that computes a span's attention, with its path.
 
@@ -212,7 +225,7 @@ def caller(modules: Mapping[str, nn.Module], site: Site) -> tuple[str, nn.Module
             "values; select 'attention', 'cross' or 'all-attention'"
         )
     while path := path.rpartition(".")[0]:
-        if _scope(type(modules[path]))[1] and "config" in modules[path].__dict__:
+        if calls(modules[path]):
             return path, modules[path]
     owner = type(modules[str(site.enter).rpartition(".")[0]]).__name__
     raise SiteError(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from espalier.attention import Batched, calls
 from espalier.deltas import Call
 from espalier.errors import AdapterError, SiteError
 from espalier.routes import names
@@ -178,6 +179,8 @@ class SideBlock:
         self.takes = names(module)
         self.head = head
         inner = list(module.modules())
+        for attention in filter(calls, inner):
+            Batched(attention).enter()
         self.counted = [(m, name) for m in inner for name in _LAYER if name in m.__dict__]
         if wide := [name for name in self.takes if name in _WIDE]:
             raise SiteError(
