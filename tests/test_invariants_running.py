@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -54,6 +56,18 @@ def test_left_padded_row_equals_the_row_alone(case: Case, recipe: str) -> None:
             input_ids=torch.cat((pad, ids), 1), attention_mask=mask, position_ids=positions
         ).logits[:, 4:]
     assert torch.allclose(padded, logits(model, {"input_ids": ids}), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*follows a schedule")
+@pairs([BY_NAME["bert"]])
+def test_a_model_that_is_let_go_leaves_nothing_behind(case: Case, recipe: str) -> None:
+    model = grafted(case, recipe)
+    model.train()(**case.batch()).loss.backward()
+    model.eval()(**case.batch())
+    left = [weakref.ref(held) for held in (model, *model.parameters())]
+    del model
+    gc.collect()
+    assert not [held().shape for held in left if held() is not None]
 
 
 @pairs([BY_NAME["bert"], BY_NAME["llama"], BY_NAME["t5"]])

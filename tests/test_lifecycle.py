@@ -98,9 +98,8 @@ def test_an_optimiser_that_is_followed_gets_the_penaltys_gradient_and_tells_of_s
     model(**batch).loss.backward()
     loss_alone = flat.grad.clone()
     before = delta.t["b"].detach().clone()
-    slot = next(
-        s for s in model.espalier.adapters["mine"].slots["matrices"] if s.users[0][1] == "b"
-    )
+    adapter = model.espalier.adapters["mine"]
+    slot = next(s for s in adapter.slots["matrices"] if adapter.users[s.label][0][1] == "b")
     assert not life.settled
     optimiser.step()
     pulled = before - 0.01 * (slot.of(loss_alone) + 3.0 * before)

@@ -62,7 +62,7 @@ def account(model: nn.Module, name: str) -> Account:
     adapter = get(model, name)
     slots = [slot for kind in adapter.flat for slot in adapter.slots[kind]]
     in_head = [slot for slot in slots if slot.label.startswith("head/")]
-    of_head = {id(delta) for slot in in_head for delta, _ in slot.users}
+    of_head = {id(delta) for slot in in_head for delta, _ in adapter.users[slot.label]}
     head = sum(slot.stop - slot.start for slot in in_head)
     modules = base_modules(model)
     # What several deltas do to one host overlaps in its scalars and adds up in its rank.

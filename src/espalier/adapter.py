@@ -25,13 +25,16 @@ from espalier.recipes import Recipe
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """Where one trained tensor lies in its buffer, and which deltas use it."""
+    """Where one trained tensor lies in its buffer.
+
+    It knows no delta: deltas hold views, whose graph holds slots, and the garbage collector frees
+    no cycle that leads through a graph.
+    """
 
     label: str  # unique within the adapter, the tensor's name in files
     shape: tuple[int, ...]
     start: int
     stop: int
-    users: list[tuple[Delta, str]]
 
     def of(self, flat: Tensor) -> Tensor:
         """This slot's part of a flat tensor, in its shape."""
@@ -110,6 +113,7 @@ class Adapter(nn.Module):
         self.deltas: list[Delta] = []
         self.labels: list[str] = []  # of the deltas
         self.slots: dict[str, list[Slot]] = {}
+        self.users: dict[str, list[tuple[Delta, str]]] = {}  # what uses a slot, by its label
         self.refresh: Callable[[], None] = _nothing  # told when the views were made anew
         self._seen: list[tuple[int, int, bool] | None] = []
         self._cast = False
@@ -151,11 +155,11 @@ class Adapter(nn.Module):
                     self.rates[kind] = spec.rate
                     start = slots[-1].stop if slots else 0
                     name = f"{label}/{key}"
-                    slot = Slot(name, shape, start, start + math.prod(shape), [])
+                    slot = Slot(name, shape, start, start + math.prod(shape))
                     slots.append(slot)
                     known[id(spec)] = slot
                     specs[name] = spec
-                slot.users.append((delta, key))
+                self.users.setdefault(slot.label, []).append((delta, key))
         self.slots = dict(sorted(self.slots.items()))
         return specs
 
@@ -215,7 +219,7 @@ class Adapter(nn.Module):
         else:
             views = parts(flat.data.to(dtype), slots)
         for slot, view in zip(slots, views, strict=True):
-            for delta, key in slot.users:
+            for delta, key in self.users[slot.label]:
                 yield delta, key, view
 
     @property
@@ -236,7 +240,7 @@ class Adapter(nn.Module):
         for kind, flat in self.flat.items() if show else ():
             grad = torch.zeros_like(flat) if flat.grad is None else flat.grad
             for slot in self.slots[kind]:
-                for delta, key in slot.users:
+                for delta, key in self.users[slot.label]:
                     if delta.regime is not None:
                         delta.g[key] = slot.of(grad)
         for delta in () if show else self.deltas:
@@ -258,12 +262,12 @@ class Adapter(nn.Module):
             if flat.grad is not None:
                 for slot in self.slots[kind]:
                     if slot.of(flat.grad).count_nonzero():
-                        alive.update(id(delta) for delta, _ in slot.users)
+                        alive.update(id(delta) for delta, _ in self.users[slot.label])
         dead = {
             slot.label.rpartition("/")[0]
             for kind in self.flat
             for slot in self.slots[kind]
-            if not any(id(delta) in alive or delta.idle for delta, _ in slot.users)
+            if not any(id(delta) in alive or delta.idle for delta, _ in self.users[slot.label])
         }
         return sorted(dead)
 

@@ -164,10 +164,9 @@ def ranks(model: nn.Module, name: str | None = None) -> Ranks:
 def _gated(adapter: Adapter) -> list[tuple[GatedDelta, str]]:
     """Each gate's delta with the name of the method that it gates."""
     found: list[tuple[GatedDelta, str]] = []
-    for slots in adapter.slots.values():
-        for slot in slots:
-            for delta, key in slot.users:
-                if isinstance(delta, GatedDelta) and key == "gate_a":
-                    method = adapter.recipe.methods[int(slot.label.partition("/")[0])]
-                    found.append((delta, type(getattr(method, "part", method)).__name__))
+    for label, users in adapter.users.items():
+        for delta, key in users:
+            if isinstance(delta, GatedDelta) and key == "gate_a":
+                method = adapter.recipe.methods[int(label.partition("/")[0])]
+                found.append((delta, type(getattr(method, "part", method)).__name__))
     return found
