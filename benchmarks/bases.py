@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +50,8 @@ def llama(size: Size, dtype: torch.dtype) -> nn.Module:
     return nn.Module.to(LlamaForCausalLM(config), dtype).train()
 
 
-def bert(size: Size, dtype: torch.dtype) -> nn.Module:
-    """An encoder with a classification head of 4 classes; the model's own dropout is off."""
+def bert(size: Size, dtype: torch.dtype, dropout: float = 0.0) -> nn.Module:
+    """An encoder with a classification head of 4 classes; BERT's own dropout would be 0.1."""
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
@@ -60,20 +62,24 @@ def bert(size: Size, dtype: torch.dtype) -> nn.Module:
         num_attention_heads=size.heads,
         vocab_size=size.vocabulary,
         max_position_embeddings=2 * size.length + 64,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
     )
     config.num_labels = 4
     return nn.Module.to(BertForSequenceClassification(config), dtype).train()
 
 
-FAMILIES = {"llama": llama, "bert": bert}
+FAMILIES: dict[str, Callable[[Size, torch.dtype], nn.Module]] = {
+    "llama": llama,
+    "bert": bert,
+    "bert-dropout": partial(bert, dropout=0.1),
+}
 
 
 def batch(family: str, size: Size) -> dict[str, Tensor]:
-    """Random ids, with the ids themselves (llama) or random classes (bert) as labels."""
+    """Random ids, with the ids themselves (llama) or random classes as labels."""
     torch.manual_seed(1)
     ids = torch.randint(0, size.vocabulary, (size.batch, size.length))
     labels = ids if family == "llama" else torch.randint(0, 4, (size.batch,))
-    types = {"token_type_ids": torch.zeros_like(ids)} if family == "bert" else {}
+    types = {"token_type_ids": torch.zeros_like(ids)} if family != "llama" else {}
     return {"input_ids": ids, "labels": labels, **types}
