@@ -185,7 +185,9 @@ class RunConfig(BaseModel):
         None, ge=1, description="Stop after this many evaluations without a better result."
     )
     keep: Literal["best", "last"] = Field(
-        "best", description="Adapter kept: the best on validation data, or the last."
+        "best",
+        description="Adapter kept: the best on validation data (by the task's metric, among equals "
+        "by loss), or the last.",
     )
     generate: bool = Field(
         False, description="Also generate in the last evaluation: exact match, BLEU and ROUGE-L."

@@ -223,7 +223,8 @@ def _trial(at: Material, loop: Loop, counted: dict[str, Any]) -> RunResult:
         "Nothing was written; leave dry_run out to train."
     )
     seconds = time.perf_counter() - at.out.started
-    return RunResult(None, {"train": {"loss": loss}}, {}, [], seconds, counted, 0)
+    metrics, by = {"train": {"loss": loss}}, at.data.task.best[0]
+    return RunResult(None, metrics, {}, [], seconds, counted, 0, by)
 
 
 def _result(
@@ -234,13 +235,13 @@ def _result(
 ) -> RunResult:
     seconds = time.perf_counter() - at.out.started
     best = {"step": float(loop.at.best_step), **loop.at.best} if loop.at.best else {}
-    lines = loop.job.record.lines
-    result = RunResult(at.out.folder, metrics, best, lines, seconds, counted, loop.at.step)
+    lines, by = loop.job.record.lines, at.data.task.best[0]
+    result = RunResult(at.out.folder, metrics, best, lines, seconds, counted, loop.at.step, by)
     if at.out.main_folder:
         result.write(at.out.main_folder)
         shutil.rmtree(at.out.main_folder / "state", ignore_errors=True)
     if at.out.accelerator.is_main_process:
-        report.end(at.out.screen, result, at.data)
+        report.end(at.out.screen, result, at.data, at.config.keep)
     return result
 
 

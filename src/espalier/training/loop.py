@@ -13,7 +13,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -274,8 +274,7 @@ class Loop:
             return
         start = time.perf_counter()
         metrics = self.at.latest = self.evaluate(job.validation)
-        name, way = job.task.best
-        better = self.life.settled and _better(metrics[name], self.at.best.get(name), way)
+        better = self.life.settled and _better(metrics, self.at.best, job.task.best)
         if better:
             self.at.best, self.at.best_step, self.at.stale = metrics, self.at.step, 0
             if config.keep == "best":
@@ -286,7 +285,7 @@ class Loop:
         seconds = round(time.perf_counter() - start, 4)
         where = {"step": self.at.step, "epoch": self._epochs_done}
         job.record.add("validation", **where, **metrics, seconds=seconds)
-        job.screen.checked(self.at.step, metrics, better)
+        job.screen.checked(self.at.step, metrics, job.task.best[0] if better else None)
 
     @property
     def _epochs_done(self) -> float:
@@ -318,7 +317,11 @@ def head_rate(job: Job) -> float:
     return max(job.lr, min(2e-2, 8 / width)) if width else job.lr
 
 
-def _better(value: float, best: float | None, way: str) -> bool:
-    if best is None or math.isnan(best):
+def _better(found: Mapping[str, float], best: Mapping[str, float], goal: tuple[str, str]) -> bool:
+    """Whether an evaluation beats the best so far: by the task's metric, among equals by loss."""
+    name, way = goal
+    if not best or math.isnan(best[name]):
         return True
-    return value > best if way == "max" else value < best
+    if found[name] == best[name]:
+        return found["loss"] < best["loss"]
+    return found[name] > best[name] if way == "max" else found[name] < best[name]

@@ -20,6 +20,7 @@ class RunResult:
         metrics: Metrics by split, like {"validation": {"loss": 0.2, "accuracy": 0.93}}; those of
             the adapter that was kept.
         best: Step and metrics of the best evaluation; empty without validation data.
+        metric: What it was best in, like "accuracy"; the loss decided among equals.
         history: The lines of metrics.jsonl.
         seconds: Wall-clock time of the run, or of its last part when it was resumed.
         account: Trained parameters and bytes, as `esp.account` counts them.
@@ -33,6 +34,7 @@ class RunResult:
     seconds: float
     account: dict[str, Any]
     steps: int
+    metric: str
 
     def write(self, folder: Path) -> None:
         """Keep everything but the history in result.json."""
