@@ -297,10 +297,12 @@ def test_auto_is_bf16_for_wide_models_where_the_cpu_multiplies_it(
     monkeypatch.setattr(models, "has_bf16_units", lambda: True)
     assert models.precision_of("auto", cpu, wide) == "bf16"
     assert models.precision_of("auto", cpu, narrow) == "fp32"
-    assert models.precision_of("auto", cpu) == "fp32"
+    assert models.precision_of("auto", cpu, wide, trained="fp32") == "fp32"
+    assert models.precision_of("auto", cpu, narrow, trained="bf16") == "bf16"
     assert models.precision_of("fp32", cpu, wide) == "fp32"
     monkeypatch.setattr(models, "has_bf16_units", lambda: False)
     assert models.precision_of("auto", cpu, wide) == "fp32"
+    assert models.precision_of("auto", cpu, wide, trained="bf16") == "fp32"
     assert models.precision_of("bf16", cpu, narrow) == "bf16"
 
 

@@ -9,7 +9,7 @@ import typer
 
 from espalier.commands.flags import method_settings
 from espalier.commands.noise import aside
-from espalier.commands.screen import console, say
+from espalier.commands.screen import say, show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -98,7 +98,7 @@ def command(
     if as_json:
         say(json.dumps(found.to_json(), ensure_ascii=False))
         return
-    console().print(_parts(found))
+    show(_parts(found))
     say(*_cost(found))
     if found.memory is not None:
         _advise(found)
@@ -113,7 +113,7 @@ def _parts(found: Plan) -> Table:
     own = found.setup
     storage = f", base in {own.storage}" if own.storage else ""
     again = ", checkpointing" if own.checkpointing else ""
-    table = Table(box=box.SIMPLE, show_header=False, title_justify="left", title_style="bold")
+    table = Table(box=box.SIMPLE, show_header=False)
     table.title = (
         f"{own.recipe}: {own.task.name}, {own.batch} × {own.length} tokens, {own.precision}"
         f"{storage}{again}, {own.device.type}"

@@ -101,13 +101,13 @@ def _train(at: Material, name: str, parts: Recipe) -> RunResult:
         if finish.settle(at.model, name, at.out.main_folder):  # what training settled counts now
             served = dataclasses.asdict(account(model, name))
             counted |= {key: served[key] for key in ("changed", "rank", "kept", "bytes")}
-        metrics = finish.measure(at, loop)
+        metrics, doubt = finish.measure(at, loop)
     model.eval()
     if at.out.main_folder:
         finish.keep(at, loop, name, parts, metrics, counted)
     at.out.accelerator.wait_for_everyone()
     loop.job.record.close()
-    return _result(at, loop, metrics, counted)
+    return _result(at, loop, metrics, doubt, counted)
 
 
 def _needed(at: Material, parts: Recipe, longest: int) -> str:
@@ -224,19 +224,21 @@ def _trial(at: Material, loop: Loop, counted: dict[str, Any]) -> RunResult:
     )
     seconds = time.perf_counter() - at.out.started
     metrics, by = {"train": {"loss": loss}}, at.data.task.best[0]
-    return RunResult(None, metrics, {}, [], seconds, counted, 0, by)
+    return RunResult(None, metrics, {}, by, None, [], seconds, counted, 0)
 
 
 def _result(
     at: Material,
     loop: Loop,
     metrics: finish.Metrics,
+    doubt: str | None,
     counted: dict[str, Any],
 ) -> RunResult:
     seconds = time.perf_counter() - at.out.started
     best = {"step": float(loop.at.best_step), **loop.at.best} if loop.at.best else {}
     lines, by = loop.job.record.lines, at.data.task.best[0]
-    result = RunResult(at.out.folder, metrics, best, lines, seconds, counted, loop.at.step, by)
+    found = (at.out.folder, metrics, best, by, doubt, lines)
+    result = RunResult(*found, seconds, counted, loop.at.step)
     if at.out.main_folder:
         result.write(at.out.main_folder)
         shutil.rmtree(at.out.main_folder / "state", ignore_errors=True)

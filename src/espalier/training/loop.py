@@ -26,7 +26,7 @@ from espalier.lifecycle import Lifecycle
 from espalier.modules import is_sharded
 from espalier.training import state
 from espalier.training.config import RunConfig
-from espalier.training.evaluate import evaluate, inputs, targets
+from espalier.training.evaluate import Measured, evaluate, inputs, targets
 from espalier.training.guard import Places, check_finite
 from espalier.training.job import Job
 from espalier.training.memory import used
@@ -112,7 +112,7 @@ class Loop:
         self._forget()
         return float(loss)
 
-    def evaluate(self, examples: Sequence[dict[str, Any]]) -> dict[str, float]:
+    def evaluate(self, examples: Sequence[dict[str, Any]]) -> Measured:
         """Loss and the task's metrics of the adapter as it is now."""
         job, batch = self.job, self.config.batch_in_evaluation
         giving = functools.partial(job.giving, examples)
@@ -120,11 +120,12 @@ class Loop:
         return evaluate(job.model, job.task, job.tokenizer, examples, *how)
 
     @property
-    def kept(self) -> tuple[int, dict[str, float]]:
-        """Step and validation metrics of the adapter that is kept at the end."""
+    def kept(self) -> tuple[int, Measured]:
+        """Step and validation of the adapter that is kept at the end."""
+        at = self.at
         if self.config.keep == "best":
-            return self.at.best_step if self.at.best else self.at.step, self.at.best
-        return self.at.step, self.at.latest
+            return at.best_step if at.best else at.step, Measured(at.best, at.best_doubt)
+        return at.step, Measured(at.latest, at.latest_doubt)
 
     def _restore(self, folder: Path) -> None:
         found = state.latest(folder)
@@ -273,10 +274,12 @@ class Loop:
         if not job.validation:
             return
         start = time.perf_counter()
-        metrics = self.at.latest = self.evaluate(job.validation)
+        metrics, doubt = self.evaluate(job.validation)
+        self.at.latest, self.at.latest_doubt = metrics, doubt
         better = self.life.settled and _better(metrics, self.at.best, job.task.best)
         if better:
-            self.at.best, self.at.best_step, self.at.stale = metrics, self.at.step, 0
+            self.at.best, self.at.best_doubt = metrics, doubt
+            self.at.best_step, self.at.stale = self.at.step, 0
             if config.keep == "best":
                 self.best = [p.detach().cpu().clone() for p in self.parameters]
         elif self.life.settled:  # what a method has not settled yet is never kept

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from espalier.data import TaskData
 
+IN_MEMORY = "(rows in memory)"  # in the place of a path
 Rows: TypeAlias = "Sequence[Mapping[str, Any]] | str | Path"
 
 
@@ -184,7 +185,7 @@ def config_in_hand(
     def named(source: Any) -> str | None:
         if source is None:
             return None
-        return str(source) if isinstance(source, str | Path) else "(rows in memory)"
+        return str(source) if isinstance(source, str | Path) else IN_MEMORY
 
     return RunConfig(
         model=getattr(model.config, "_name_or_path", "") or type(model).__name__,

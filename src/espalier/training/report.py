@@ -79,6 +79,8 @@ def end(screen: Screen, result: RunResult, data: TaskData, keep: str) -> None:
     screen.say("")
     screen.console.print(table)
     screen.say(f"\n{result.steps} steps in {duration(result.seconds)}{_kept(result, keep)}.")
+    if result.doubt:
+        screen.say(result.doubt)
     if result.folder is None:
         return
     screen.say(f"The adapter is in {result.folder / 'adapter'} ({_size(result.folder)}).")
@@ -94,7 +96,8 @@ def _kept(result: RunResult, keep: str) -> str:
         return ""
     best = f"the best {result.metric} on validation data ({result.best[result.metric]:.4g})"
     step = f"step {result.best['step']:.0f}"
-    return f"; kept from {step}: {best}" if keep == "best" else f"; the last is kept, {step} had {best}"
+    kept = f"kept from {step}:" if keep == "best" else f"the last is kept, {step} had"
+    return f"; {kept} {best}"
 
 
 def _size(folder: Path) -> str:

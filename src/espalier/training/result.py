@@ -21,6 +21,8 @@ class RunResult:
             the adapter that was kept.
         best: Step and metrics of the best evaluation; empty without validation data.
         metric: What it was best in, like "accuracy"; the loss decided among equals.
+        doubt: What makes the metrics of test, else validation rows doubtful, like one class for
+            all of them; None where nothing does.
         history: The lines of metrics.jsonl.
         seconds: Wall-clock time of the run, or of its last part when it was resumed.
         account: Trained parameters and bytes, as `esp.account` counts them.
@@ -30,11 +32,12 @@ class RunResult:
     folder: Path | None
     metrics: dict[str, dict[str, float]]
     best: dict[str, float]
+    metric: str
+    doubt: str | None
     history: list[dict[str, Any]]
     seconds: float
     account: dict[str, Any]
     steps: int
-    metric: str
 
     def write(self, folder: Path) -> None:
         """Keep everything but the history in result.json."""

@@ -48,8 +48,10 @@ class Position:
     stale: int = 0  # evaluations since the best one
     stopped: bool = False  # ended early
     best: dict[str, float] = field(default_factory=dict)  # metrics of the best evaluation
+    best_doubt: str | None = None  # see `Task.doubt`
     best_step: int = 0
     latest: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation
+    latest_doubt: str | None = None
     tokens: int = 0
 
 
