@@ -434,6 +434,18 @@ def test_the_limit_keeps_labels_and_order():
     assert numbers == sorted(numbers)
 
 
+def test_a_limit_keeps_the_same_training_rows_with_and_without_validation_data():
+    def kept(**settings):
+        return [row.values["text"] for row in read_task(**settings).splits["train"]]
+
+    alone = kept(train=ROWS, limit=9, validation_share=0.25)
+    assert len(alone) == 9
+    assert kept(train=ROWS, validation=ROWS[:4], limit=9) == alone
+    assert kept(train=ROWS, limit=9, validation_share=0) == alone
+    assert set(kept(train=ROWS, limit=5, validation_share=0.25)) < set(alone)
+    assert kept(train=ROWS, limit=9, validation_share=0, seed=1) != alone
+
+
 def test_plain_text_gives_up_its_end():
     found = read_task([{"text": f"{i}"} for i in range(10)], validation_share=0.3)
     assert [row.values["text"] for row in found.splits["validation"]] == ["7", "8", "9"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -56,7 +55,8 @@ def read_task(
             base; it also says which of both ranks choices.
         columns: your columns by the names the task gives them, `{"text": "review"}`.
         label_names: class names in the order of their numbers.
-        limit: rows per split to keep, chosen by `seed`.
+        limit: rows per split to keep, chosen by their inputs and `seed`: training keeps the same
+            ones whether validation is set aside from it or given, and a smaller limit some of them.
         validation_share: share of training rows set aside if there is no validation; 0: none.
         seed: decides which rows are set aside and kept.
         system: a system text for conversations that bring none.
@@ -211,9 +211,11 @@ def _rank(key: str, seed: int) -> str:
 
 
 def _limited(task: Task, rows: list[Row], limit: int, seed: int) -> list[Row]:
+    """At most `limit` rows: those last set aside for validation, whether any were or not."""
     if len(rows) <= limit:
         return rows
     if isinstance(task, Causal) and task.form == "text":
         return rows[:limit]
-    kept = sorted(random.Random(seed).sample(range(len(rows)), limit))
-    return [rows[i] for i in kept]
+    keys = [_rank(task.key(row), seed) for row in rows]
+    kept = sorted(range(len(rows)), key=keys.__getitem__, reverse=True)[:limit]
+    return [rows[i] for i in sorted(kept)]

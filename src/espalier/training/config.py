@@ -62,7 +62,12 @@ class RunConfig(BaseModel):
     columns: dict[str, str] | None = Field(
         None, description="Which column plays which part, like {text: review, label: stars}."
     )
-    limit: int | None = Field(None, ge=1, description="Use at most this many rows of each split.")
+    limit: int | None = Field(
+        None,
+        ge=1,
+        description="Use at most this many rows of each split, chosen by seed: of train the same "
+        "ones whether validation data is given or set aside.",
+    )
     validation_share: float = Field(
         0.1, ge=0, lt=1, description="Share of train held out when no validation data is given."
     )
