@@ -295,7 +295,10 @@ def test_the_launcher_chooses_the_folder_and_keeps_a_chosen_one(
     monkeypatch.chdir(tmp_path)
     common = ["launch", "--cpu", "--num-processes", "2", "--model", "m", "--train", "mail.csv"]
     assert main(common) == main([*common, "--out", "mine"]) == 0
-    assert [words[words.index("--out") + 1] for words in started] == ["runs/mail-lora", "mine"]
+    assert [words[words.index("--out") + 1] for words in started] == [
+        "runs/mail-lora-rank-8",
+        "mine",
+    ]
 
 
 def test_a_stopped_launch_says_how_to_go_on(
