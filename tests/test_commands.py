@@ -174,14 +174,20 @@ def test_a_stopped_run_says_how_to_go_on(
         return step(self, *words)
 
     monkeypatch.setattr(Loop, "_step", stopping)
-    run = tmp_path / "run"
-    said = espalier(*world.train("--steps", 4, "--save-every", 2, "--quiet", "--out", run))
+    run, early = tmp_path / "run", tmp_path / "early"
+    words = world.train("--steps", 4, "--save-every", 2, "--quiet", "--out")
+    said = espalier(*words, run)
     assert said.code == 130
     again = f"espalier train --config {run / 'config.yaml'} --resume"
     assert again in said.err
     assert "step 2 is the last that was saved" in said.err
     assert espalier(*again.split()[1:]).code == 0
     assert len(read_rows(run / "metrics.jsonl")) >= 4
+    count = 2
+    said = espalier(*words, early, "--save-every", 3)
+    assert said.code == 130
+    assert "nothing was kept" in said.err
+    assert "every 3 steps, --save-every N" in said.err
 
 
 # ------------------------------------------------------------------------- eval, predict, generate
@@ -451,6 +457,8 @@ def test_data_check_reports_and_refuses(world: World, tmp_path: Path, espalier: 
     said = espalier(*words, "--max-length", 4)
     assert said.code == 0
     assert "48" in said.out
+    assert "before cutting (limit 4)" in said.out
+    assert "tokens" not in espalier(*words[:4]).out
     found = json.loads(espalier(*words, "--json").out)
     assert found["splits"]["train"]["rows"] == 48
     espalier.fails("data", "check", tmp_path / "none.jsonl", saying=["none.jsonl"])

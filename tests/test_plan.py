@@ -277,6 +277,11 @@ def test_bad_input_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     command.fails("plan", "--model", folder, "--memory", "lots", saying=["memory", "'lots'"])
     command.fails("plan", "--model", folder, "--batch", 0, saying=["batch", "at least 1"])
     command.fails("plan", "--model", folder, "--rang", 4, saying=["no flag --rang", "rank"])
+    for flag in ("--train", "--limit", "--steps", "--max_length", "--learning_rate"):
+        saying = ["`espalier plan` takes no --", "reads no data", "--batch, --length"]
+        command.fails("plan", "--model", folder, flag, 4, saying=saying)
+    command.fails("plan", "--model", folder, "--lenght", 4, saying=["did you mean '--length'"])
+    command.fails("inspect", folder, "--train", "x", saying=["`espalier inspect` takes no --train"])
     command.fails("plan", "--model", folder, "--task", "seq2seq", saying=["llama", "seq2seq"])
     with pytest.raises(CheckpointError):
         esp.plan(str(tmp_path / "config.txt"))

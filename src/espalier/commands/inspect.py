@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from espalier.commands.flags import method_settings
+from espalier.commands.flags import elsewhere, method_settings
 from espalier.commands.noise import aside
 from espalier.commands.screen import console, say, show
 from espalier.errors import CheckpointError, EspalierError
@@ -57,7 +57,9 @@ def command(
         import espalier as esp
 
         # Settings that are wrong are said before the model is looked at.
-        recipe = esp.recipe(method_settings(words, method or "lora")) if method or words else None
+        at = elsewhere(ctx, "it looks at a model, reads no data and trains nothing")
+        asked = method_settings(words, method or "lora", at) if method or words else None
+        recipe = None if asked is None else esp.recipe(asked)
         model = skeleton(what)
         places = esp.sites(model)
         chosen = places.select(sites) if sites is not None else None

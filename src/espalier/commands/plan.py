@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from espalier.commands.flags import method_settings
+from espalier.commands.flags import elsewhere, method_settings
 from espalier.commands.noise import aside
 from espalier.commands.screen import say, show
 
@@ -24,6 +24,9 @@ SETTINGS: dict[str, Any] = {
     "context_settings": {"ignore_unknown_options": True, "allow_extra_args": True}
 }
 
+_WHY = (
+    "it reads no data and plans one step, whose size is given by --batch, --length and --accumulate"
+)
 _BAR = 24  # characters of the longest bar
 _TOLD = {
     "weights": "the base's tensors",
@@ -80,7 +83,7 @@ def command(
 
         found = plan(
             model,
-            method_settings(words, method),
+            method_settings(words, method, elsewhere(ctx, _WHY)),
             batch=batch,
             length=length,
             target_length=target_length,
