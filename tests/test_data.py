@@ -374,7 +374,7 @@ def test_columns_say_the_task(rows, task, settings):
         (
             {"review": "a", "label": "x"},
             {"columns": {"text": "reviews"}},
-            "no such column; found: review, label .did you mean 'review'",
+            "no column 'reviews'; found: review, label .did you mean 'review'",
         ),
     ],
 )

@@ -348,11 +348,11 @@ def test_out_of_memory_points_to_the_plan(
     with pytest.raises(TrainingError) as caught:
         esp.train(RunConfig(**run | {"batch": 16}))
     said = str(caught.value)
-    for part in ("batch: 16", "A step takes", "activations", "espalier plan --model", "--memory"):
+    for part in ("batch=16", "A step takes", "activations", "espalier plan --model", "--memory"):
         assert part in said
-    assert "1. batch: " in said
+    assert "1. batch=" in said
     monkeypatch.setattr("espalier.planning.auto.of_step", full)
-    with pytest.raises(TrainingError, match=r"(?s)What helps.*1\. batch: 4 with accumulate: 4"):
+    with pytest.raises(TrainingError, match=r"(?s)What helps.*1\. batch=4 with accumulate=4"):
         esp.train(RunConfig(**run | {"batch": 16, "overwrite": True}))
 
 

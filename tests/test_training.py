@@ -155,7 +155,7 @@ def test_packed_rows_train(tmp_path: Path) -> None:
 
 
 def test_packing_is_refused_where_rows_would_mix() -> None:
-    with pytest.raises(SettingError, match="pack is for causal"):
+    with pytest.raises(SettingError, match="pack' is for causal"):
         esp.fit(tiny.bert(**CLASSES), tiny.tokenizer(), tiny.reviews(), batching="pack", quiet=True)
 
 
@@ -233,10 +233,10 @@ def test_out_of_memory_says_what_a_step_takes_and_what_helps(
     with pytest.raises(TrainingError) as caught:
         esp.fit(model, tiny.tokenizer(), tiny.reviews(), **COMMON)
     text = str(caught.value)
-    assert "with batch: 8 and up to 11 tokens" in text
+    assert "with batch=8 and up to 11 tokens" in text
     assert "A step takes" in text
     assert "activations" in text
-    assert "1. batch: 4 with accumulate: 2 (the same step)" in text
+    assert "1. batch=4 with accumulate=2 (the same step)" in text
     assert "espalier plan --model BertForSequenceClassification" in text
 
 

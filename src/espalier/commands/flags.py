@@ -15,6 +15,7 @@ import typer
 import yaml
 
 from espalier.errors import SettingError, nearest
+from espalier.wording import flag
 
 _WIDE = 24  # longer lists of choices stand in the help's text, not in its column
 # The field with which each panel of the help begins.
@@ -25,11 +26,6 @@ _PANELS = {
     "evaluate_every": "Evaluation",
     "out": "Run",
 }
-
-
-def flag(name: str) -> str:
-    """A setting's flag: max_length gives --max-length."""
-    return f"--{name.replace('_', '-')}"
 
 
 def with_run_flags(command: Callable[..., None]) -> Callable[..., None]:

@@ -21,6 +21,7 @@ from espalier.tasks.labels import column_cells, found_labels, label_name
 from espalier.tasks.multilabel import has_flags, label_list
 from espalier.tasks.rows import Row
 from espalier.tasks.tokens import word_list
+from espalier.wording import setting
 
 
 def build_task(
@@ -43,10 +44,13 @@ def build_task(
     """
     if (system or chat_template) and form.kind != "chat":
         raise SettingError(
-            f"system and chat_template are for conversations; these rows are read as {form}"
+            f"{setting('system')} and {setting('chat_template')} are for conversations; these "
+            f"rows are read as {form}"
         )
     if prefix and form.task not in ("seq2seq", "choices"):
-        raise SettingError(f"prefix is for seq2seq and choices; these rows are read as {form}")
+        raise SettingError(
+            f"{setting('prefix')} is for seq2seq and choices; these rows are read as {form}"
+        )
     if form.task == "causal":
         return Causal(form.columns, None, form.kind, form.separator, system, chat_template)
     if form.task == "regression":

@@ -13,6 +13,7 @@ from espalier.data.sources import SPLITS, Raw, Source, read_source
 from espalier.errors import DataError, SettingError
 from espalier.tasks import Causal, Row, Task, task_class
 from espalier.tasks.rows import is_missing
+from espalier.wording import setting
 
 
 @dataclass
@@ -71,9 +72,10 @@ def read_task(
     if task is not None:
         task_class(task)
     if not 0 <= validation_share < 1:
-        raise SettingError(f"validation_share={validation_share}: must be at least 0 and below 1")
+        share = setting("validation_share", validation_share)
+        raise SettingError(f"{share}: must be at least 0 and below 1")
     if limit is not None and limit < 1:
-        raise SettingError(f"limit={limit}: must be at least 1")
+        raise SettingError(f"{setting('limit', limit)}: must be at least 1")
     raw = _read_splits(train, {"validation": validation, "test": test}, documents)
     if label_names is not None:
         raw.label_names = {"": list(label_names)}

@@ -39,6 +39,7 @@ from espalier.training.record import Record
 from espalier.training.result import RunResult
 from espalier.training.trunk_cache import trunk_cache
 from espalier.verbs import attach, detach, only_active
+from espalier.wording import setting
 
 if TYPE_CHECKING:
     from espalier.data.separation import Separation
@@ -180,8 +181,8 @@ def _say_plan(at: Material, loop: Loop, parts: Recipe, counted: Mapping[str, Any
 def _check_packing(at: Material, words: int) -> None:
     if at.config.batching == "pack" and words:
         raise SettingError(
-            "batching: pack does not suit this model: the words of a prompt would stand before "
-            "the first of several texts alone. Use bucket."
+            f"{setting('batching', 'pack')} does not suit this model: the words of a prompt would "
+            "stand before the first of several texts alone. Use bucket."
         )
 
 
@@ -193,7 +194,8 @@ def _separation(at: Material, longest: int) -> Separation | None:
 
     found = separation(at.model, longest, whole_graphs=at.config.compile != "none")
     if isinstance(found, str):
-        raise SettingError(f"batching: pack does not suit this model: {found}. Use bucket.")
+        pack = setting("batching", "pack")
+        raise SettingError(f"{pack} does not suit this model: {found}. Use bucket.")
     return found
 
 
@@ -220,7 +222,7 @@ def _trial(at: Material, loop: Loop, counted: dict[str, Any]) -> RunResult:
     at.out.screen.say(
         f"One step on the largest batch: loss {loss:.4f}, "
         f"{in_words(used(at.device))} in use. "
-        "Nothing was written; leave dry_run out to train."
+        f"Nothing was written; leave {setting('dry_run')} out to train."
     )
     seconds = time.perf_counter() - at.out.started
     metrics, by = {"train": {"loss": loss}}, at.data.task.best[0]

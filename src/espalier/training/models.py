@@ -15,6 +15,7 @@ from espalier.quantised import settle
 from espalier.shipped import SHIPPED, located
 from espalier.storage import stored
 from espalier.training import fewbits
+from espalier.wording import setting
 
 if TYPE_CHECKING:
     from espalier.storage import Storage
@@ -120,7 +121,7 @@ def checkpointed(model: Any, on: bool) -> Iterator[None]:
     try:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
-        raise SettingError(f"checkpointing: {error}") from error
+        raise SettingError(f"{setting('checkpointing')}: {error}") from error
     model.config.use_cache = False  # nothing to keep keys and values for
     try:
         yield

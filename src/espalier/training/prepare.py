@@ -16,6 +16,7 @@ from espalier.training import models
 from espalier.training.config import RunConfig
 from espalier.training.progress import Screen
 from espalier.training.result import RunResult
+from espalier.wording import setting
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -132,7 +133,7 @@ def fitting(config: RunConfig, limit: int | None, words: int = 0) -> RunConfig:
     if limit is not None and config.max_length > limit:
         beside = f" beside the {words} words of the prompt" if words else ""
         raise SettingError(
-            f"max_length is {config.max_length}, but the model takes at most {limit} tokens"
+            f"{setting('max_length', config.max_length)}: the model takes at most {limit} tokens"
             f"{beside}."
         )
     return config
