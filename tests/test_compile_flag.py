@@ -138,9 +138,7 @@ def test_what_breaks_a_graph_is_refused_before_the_first_step(
 
     block.forward = looks
     monkeypatch.setattr(Loop, "_step", lambda *_: pytest.fail("a step was taken"))
-    with pytest.raises(
-        SettingError, match=rf"compile='{how}' does not suit .* Write compile='none'"
-    ):
+    with pytest.raises(SettingError, match=rf"compile='{how}' does not suit .* compile='none'"):
         fit(model, compile=how)
     assert not [m for m in model.modules() if m._compiled_call_impl is not None]
 

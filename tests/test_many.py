@@ -192,7 +192,7 @@ def test_deepspeed_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPa
     with pytest.raises(SettingError, match="pip install deepspeed"):
         processes.accelerator(esp.RunConfig(model="m", train="t", sharding="zero3"))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(SettingError, match="--sharding zero3"):
+    with pytest.raises(SettingError, match="sharding='zero3'"):
         processes.accelerator(esp.RunConfig(model="m", train="t"))
 
 

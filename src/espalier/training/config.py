@@ -260,10 +260,8 @@ class RunConfig(BaseModel):
             pack = setting("batching", "pack")
             raise ValueError(f"{pack} is for causal language models; the task is {self.task}.")
         if self.generate and self.task not in (None, "causal", "seq2seq"):
-            what = setting("generate")
-            raise ValueError(
-                f"{what} is for the tasks causal and seq2seq; the task is {self.task}."
-            )
+            what = f"{setting('generate')} is for the tasks causal and seq2seq"
+            raise ValueError(f"{what}; the task is {self.task}.")
         if self.resume and self.overwrite:
             raise ValueError(
                 f"{setting('resume')} goes on with a run and {setting('overwrite')} discards it: "
