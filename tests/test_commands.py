@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,20 @@ def test_train_says_what_it_made_and_what_to_type_next(
     assert said.code == 0
     assert f"espalier predict {tmp_path / 'run'}" in said.out
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {"adapter", "config.yaml", "README.md"}
+
+
+def test_what_to_type_next_has_the_columns_of_the_data(
+    world: World, tmp_path: Path, espalier: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text_a": r["text"], "text_b": "a day", "label": r["label"]} for r in tiny.reviews(16)]
+    words, run = world.train("--out", tmp_path / "run"), tmp_path / "run"
+    words[words.index("--train") + 1] = write_rows(tmp_path / "pairs.jsonl", rows)
+    said = espalier(*words)
+    (line,) = (line for line in said.out.splitlines() if "| espalier predict" in line)
+    echo, row, _, _, *rest = shlex.split(line)
+    assert (echo, rest) == ("echo", ["predict", str(run), "--data", "-"])
+    monkeypatch.setattr("sys.stdin", io.StringIO(row + "\n"))
+    assert espalier(*rest).code == 0
 
 
 def test_dry_run_writes_nothing(

@@ -100,7 +100,7 @@ def label_id(value: Any, row: Row, column: str, labels: Sequence[str], indexed: 
         f"{row.where}: label {name!r} in column {column!r} is unknown{unlabelled}: "
         f"training has {len(labels)} labels: {known}"
         + (f"; {hint}" if hint.startswith("did") else "")
-        + ". Correct the row, leave it out, or give label_names with every class"
+        + ". Correct the row, leave it out, or name every class in the labels.json of training"
     )
 
 
