@@ -66,25 +66,28 @@ def raw_rows(source: str) -> list[Row]:
         return split_rows(source)[1]
 
 
-def split_rows(source: str, asked: str | None = None) -> tuple[str | None, list[Row]]:
-    """A split of a data set and its rows: the one asked for, else test, else the only one.
+def split_rows(
+    source: str, asked: str | None = None
+) -> tuple[str | None, list[Row], dict[str, list[str]]]:
+    """A split of a data set, its rows, and label names that the source states, by column.
 
-    A file is no split: its name comes out as None.
+    The split is the one asked for, else test, else the only one; a file is none: None.
 
     Raises:
         DataError: It cannot be read, or has no such split.
     """
     from espalier.data.sources import read_source
 
-    splits = read_source(source, split=asked or "test").splits
+    raw = read_source(source, split=asked or "test")
+    splits = raw.splits
     if Path(source).expanduser().is_file():
-        return None, next(iter(splits.values()))
+        return None, next(iter(splits.values())), raw.label_names
     name = asked or (next(iter(splits)) if len(splits) == 1 else "test")
     if name not in splits:
         raise DataError(
             f"{source} holds {', '.join(splits)} and no {name} split; give one file of it."
         )
-    return name, splits[name]
+    return name, splits[name], raw.label_names
 
 
 def _from_stdin() -> list[Row]:
@@ -111,12 +114,25 @@ TYPED = "\0text"  # stands for the task's column in rows that are a plain text
 
 
 def for_task(
-    task: Task, rows: Sequence[Row], columns: Mapping[str, str] | None, labelled: bool = False
+    task: Task,
+    rows: Sequence[Row],
+    columns: Mapping[str, str] | None,
+    names: Mapping[str, Sequence[str]] | None = None,
 ) -> list[Row]:
-    """Rows in the task's own terms, with answers where asked; plain texts get the task's column."""
+    """Rows in the task's own terms; plain texts get the task's column.
+
+    With `names`, the label names of their source by column, the rows bring their answers.
+
+    Raises:
+        DataError: A row cannot be used; names file and line.
+    """
+    from espalier.data.building import check_numbers
     from espalier.data.loading import task_with_columns
 
+    labelled = names is not None
     own = task_with_columns(task, rows, columns, labelled)
+    if names is not None:
+        check_numbers(own, rows, names)
     return [own.read(typed_row(own, row), labelled) for row in rows]
 
 

@@ -60,15 +60,16 @@ def command(
         raise SettingError(f"--split must be train, validation or test; got {split!r}.")
     if data is None and columns is not None:
         raise SettingError("--columns is for --data: the run's own is read as the run read it.")
+    names = None
     with aside():
         if data is None:
             source, split, rows = _own_rows(run, split)
         else:
-            source, (split, rows) = data, split_rows(data, split)
+            source, (split, rows, names) = data, split_rows(data, split)
     at = opened(run, model, precision, quantize)
     with aside():
-        if data is not None:
-            rows = for_task(at.task, rows, mapping(columns) if columns else None, labelled=True)
+        if names is not None:
+            rows = for_task(at.task, rows, mapping(columns) if columns else None, names)
         rows = rows[:limit]
         found = _measure(at, rows, batch)
     if as_json:

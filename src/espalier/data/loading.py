@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from espalier.data.building import build_task
+from espalier.data.building import build_task, check_numbers
 from espalier.data.columns import recognise
 from espalier.data.forms import Form
 from espalier.data.sources import SPLITS, Raw, Source, read_source
@@ -76,9 +76,9 @@ def read_task(
         raise SettingError(f"{share}: must be at least 0 and below 1")
     if limit is not None and limit < 1:
         raise SettingError(f"{setting('limit', limit)}: must be at least 1")
-    raw = _read_splits(train, {"validation": validation, "test": test}, documents)
+    raw, others = _read_splits(train, {"validation": validation, "test": test}, documents)
     if label_names is not None:
-        raw.label_names = {"": list(label_names)}
+        raw.label_names, others = {"": list(label_names)}, {}
     form = recognise(raw.splits["train"], task, prefer, columns)
     made = build_task(
         form,
@@ -89,6 +89,8 @@ def read_task(
         prefix=prefix,
         writer=prefer,
     )
+    for name, names in others.items():
+        check_numbers(made, raw.splits[name], names)
     notes = [_said(form, made)]
     _leave_out_unlabelled(raw, form, notes, given={"validation": validation, "test": test})
     splits = {
@@ -101,15 +103,22 @@ def read_task(
     return TaskData(made, splits, tuple(notes))
 
 
-def _read_splits(train: Source, more: Mapping[str, Source | None], documents: str) -> Raw:
-    """Raw rows of the training source, and of further sources in place of its own splits."""
+def _read_splits(
+    train: Source, more: Mapping[str, Source | None], documents: str
+) -> tuple[Raw, dict[str, dict[str, list[str]]]]:
+    """Raw rows of the training source, and of further sources in place of its own splits.
+
+    The label names of the further sources come beside, by split.
+    """
+    names = {}
     raw = read_source(train, documents)
     if "train" not in raw.splits:
         raise DataError(f"{train}: there is no train split; found {', '.join(raw.splits)}")
     for name, source in more.items():
         if source is not None:
-            raw.splits[name] = _split_of(read_source(source, documents, name), name, source)
-    return raw
+            other = read_source(source, documents, name)
+            raw.splits[name], names[name] = _split_of(other, name, source), other.label_names
+    return raw, names
 
 
 def read_rows(
@@ -128,8 +137,11 @@ def read_rows(
     Raises:
         DataError: something cannot be read or used; names file and line.
     """
-    rows = _split_of(read_source(source, split=split), split, source)
+    raw = read_source(source, split=split)
+    rows = _split_of(raw, split, source)
     own = task_with_columns(task, rows, columns, labelled)
+    if labelled:
+        check_numbers(own, rows, raw.label_names)
     return [own.read(row, labelled) for row in rows[:limit]]
 
 
