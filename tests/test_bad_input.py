@@ -13,8 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
+import espalier as esp
 import tiny_runs as tiny
 from command_line import Command, World, make_world, write_rows
+from espalier.data import read_task
+from espalier.errors import DataError, SettingError
+from espalier.training import RunConfig
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +46,22 @@ def moved_adapter(world: World, tmp_path: Path) -> Path:
 def test_wrong_column(world: World, espalier: Command) -> None:
     words = world.train("--columns", "text=review,label=label")
     espalier.fails(*words, saying=["'review'", "text, label"])
+
+
+def test_settings_are_flags_where_they_are_typed_and_arguments_in_python(
+    world: World, tmp_path: Path, espalier: Command
+) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [{"text": "a", "my grade": "x"}])
+    espalier.fails("data", "check", data, saying=["--task causal", "--columns 'label=my grade'"])
+    with pytest.raises(DataError, match=r"task='causal'.*columns=\{'label': 'my grade'\}"):
+        read_task(str(data))
+    espalier.fails(*world.train("--batch", 0), saying=["Error: --batch must be at least 1"])
+    with pytest.raises(SettingError, match=r"^batch must be at least 1"):
+        RunConfig(model="m", train="t", batch=0)
+    full = ["--out", world.classifier]
+    espalier.fails(*world.train(*full), saying=["another --out", "(--resume)", "(--overwrite)"])
+    with pytest.raises(SettingError, match=r"another out, .*\(resume=True\)"):
+        esp.fit(tiny.bert(), tiny.tokenizer(), tiny.reviews(), out=world.classifier, quiet=True)
 
 
 def test_columns_that_cannot_be_read(world: World, espalier: Command) -> None:

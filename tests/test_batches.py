@@ -297,10 +297,12 @@ def test_auto_is_bf16_for_wide_models_where_the_cpu_multiplies_it(
     monkeypatch.setattr(models, "has_bf16_units", lambda: True)
     assert models.precision_of("auto", cpu, wide) == "bf16"
     assert models.precision_of("auto", cpu, narrow) == "fp32"
-    assert models.precision_of("auto", cpu) == "fp32"
+    assert models.precision_of("auto", cpu, wide, trained="fp32") == "fp32"
+    assert models.precision_of("auto", cpu, narrow, trained="bf16") == "bf16"
     assert models.precision_of("fp32", cpu, wide) == "fp32"
     monkeypatch.setattr(models, "has_bf16_units", lambda: False)
     assert models.precision_of("auto", cpu, wide) == "fp32"
+    assert models.precision_of("auto", cpu, wide, trained="bf16") == "fp32"
     assert models.precision_of("bf16", cpu, narrow) == "bf16"
 
 
@@ -363,6 +365,6 @@ def test_what_several_operations_save_is_moved_once(monkeypatch: pytest.MonkeyPa
 
 def test_moving_activations_on_a_cpu_is_refused_rather_than_ignored() -> None:
     model = tiny.llama()
-    with pytest.raises(SettingError, match=r"offload: cpu moves .* computes on cpu.*checkpointing"):
+    with pytest.raises(SettingError, match=r"offload='cpu' .* computes on cpu.*checkpointing"):
         fit(model, offload="cpu")
     esp.attach(model, "LoRA(rank=2)")  # the name is free

@@ -297,7 +297,7 @@ def test_the_commands_train_predict_and_evaluate(
 
 
 def test_text_is_not_generated_and_rows_are_not_packed() -> None:
-    with pytest.raises(SettingError, match="pack is for causal"):
+    with pytest.raises(SettingError, match="pack' is for causal"):
         esp.RunConfig(model="m", train="t", task="choices", batching="pack")
     with pytest.raises(SettingError, match="generate is for the tasks causal and seq2seq"):
         esp.RunConfig(model="m", train="t", task="choices", generate=True)

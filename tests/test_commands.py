@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,20 @@ def test_train_says_what_it_made_and_what_to_type_next(
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {"adapter", "config.yaml", "README.md"}
 
 
+def test_what_to_type_next_has_the_columns_of_the_data(
+    world: World, tmp_path: Path, espalier: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text_a": r["text"], "text_b": "a day", "label": r["label"]} for r in tiny.reviews(16)]
+    words, run = world.train("--out", tmp_path / "run"), tmp_path / "run"
+    words[words.index("--train") + 1] = write_rows(tmp_path / "pairs.jsonl", rows)
+    said = espalier(*words)
+    (line,) = (line for line in said.out.splitlines() if "| espalier predict" in line)
+    echo, row, _, _, *rest = shlex.split(line)
+    assert (echo, rest) == ("echo", ["predict", str(run), "--data", "-"])
+    monkeypatch.setattr("sys.stdin", io.StringIO(row + "\n"))
+    assert espalier(*rest).code == 0
+
+
 def test_dry_run_writes_nothing(
     world: World, tmp_path: Path, espalier: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,14 +189,20 @@ def test_a_stopped_run_says_how_to_go_on(
         return step(self, *words)
 
     monkeypatch.setattr(Loop, "_step", stopping)
-    run = tmp_path / "run"
-    said = espalier(*world.train("--steps", 4, "--save-every", 2, "--quiet", "--out", run))
+    run, early = tmp_path / "run", tmp_path / "early"
+    words = world.train("--steps", 4, "--save-every", 2, "--quiet", "--out")
+    said = espalier(*words, run)
     assert said.code == 130
     again = f"espalier train --config {run / 'config.yaml'} --resume"
     assert again in said.err
     assert "step 2 is the last that was saved" in said.err
     assert espalier(*again.split()[1:]).code == 0
     assert len(read_rows(run / "metrics.jsonl")) >= 4
+    count = 2
+    said = espalier(*words, early, "--save-every", 3)
+    assert said.code == 130
+    assert "nothing was kept" in said.err
+    assert "every 3 steps, --save-every N" in said.err
 
 
 # ------------------------------------------------------------------------- eval, predict, generate
@@ -203,12 +224,97 @@ def test_eval_of_rows_held_out_of_training(world: World, espalier: Command) -> N
     assert found["loss"] == pytest.approx(kept["loss"], rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def parted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three splits."""
+    folder, rows = tmp_path_factory.mktemp("parted"), tiny.reviews(60)
+    for name, some in (("train", rows[:30]), ("validation", rows[30:45]), ("test", rows[45:])):
+        write_rows(folder / f"{name}.jsonl", some)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parted_run(world: World, parted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the three splits of a folder, ten rows of each."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    words = world.train("--quiet", "--limit", 10, "--out", run)
+    words[words.index("--train") + 1] = parted
+    assert main([str(word) for word in words]) == 0
+    return run
+
+
+def test_eval_takes_the_runs_own_test_rows_and_says_which(
+    world: World, parted: Path, parted_run: Path, espalier: Command
+) -> None:
+    kept = json.loads((parted_run / "result.json").read_text())["metrics"]
+    for asked, split in (([], "test"), (["--split", "validation"], "validation")):
+        found = json.loads(espalier("eval", parted_run, "--json", *asked).out)
+        assert (found["data"], found["split"], found["rows"]) == (str(parted), split, 10)
+        assert found["loss"] == pytest.approx(kept[split]["loss"], rel=1e-5)
+    espalier.fails("eval", parted_run, "--split", "dev", saying=["--split must be", "'dev'"])
+    espalier.fails("eval", world.writer, "--split", "test", saying=["no test rows", "validation"])
+    assert json.loads(espalier("eval", world.writer, "--json").out)["split"] == "validation"
+
+
+def test_eval_of_other_data_names_the_split_it_takes(
+    parted: Path, parted_run: Path, espalier: Command
+) -> None:
+    words = ["eval", parted_run, "--json", "--data"]
+    found = json.loads(espalier(*words, parted, "--split", "train").out)
+    assert (found["data"], found["split"], found["rows"]) == (str(parted), "train", 30)
+    assert json.loads(espalier(*words, parted / "train.jsonl").out)["split"] is None
+    espalier.fails("eval", parted_run, "--data", parted, "--split", "x", saying=["--split must"])
+
+
+def test_titles_stay_whole_in_a_narrow_terminal(
+    world: World, parted: Path, parted_run: Path, espalier: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    said = espalier("eval", parted_run).out
+    assert said.splitlines()[0] == f"{parted_run} on the test rows of {parted}, fp32"
+    card = espalier("inspect", world.classifier).out
+    assert card.splitlines()[0] == f"Adapter in {world.classifier}"
+
+
+def test_eval_computes_in_what_the_run_computed_in(
+    world: World, tmp_path: Path, espalier: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("espalier.training.models.has_bf16_units", lambda: True)
+    run = tmp_path / "run"
+    assert espalier(*world.train("--precision", "bf16", "--quiet", "--out", run)).code == 0
+    kept = json.loads((run / "result.json").read_text())["metrics"]["validation"]
+    found = json.loads(espalier("eval", run, "--json").out)
+    assert found["precision"] == "bf16"
+    assert found["loss"] == pytest.approx(kept["loss"], rel=1e-5)
+    monkeypatch.setattr("espalier.training.models.has_bf16_units", lambda: False)
+    assert json.loads(espalier("eval", run, "--json").out)["precision"] == "fp32"
+
+
+def test_one_class_for_all_rows_is_said(world: World, tmp_path: Path, espalier: Command) -> None:
+    model = tiny.bert(num_labels=2)
+    with torch.no_grad():
+        model.classifier.bias.copy_(torch.tensor([3.0, -3.0]))
+    base = tiny.save_model(tmp_path / "base", model, tiny.tokenizer("bert"))
+    run, doubt = tmp_path / "run", "answers with one class, 'bad', for all"
+    words = world.train("--lr", 1e-6, "--head-lr", 1e-6, "--out", run)
+    words[words.index("--model") + 1] = base
+    said = espalier(*words)
+    assert said.out.count(doubt) == 1, said.out
+    assert doubt in json.loads((run / "result.json").read_text())["doubt"]
+    assert doubt in espalier("eval", run).out
+    assert doubt in json.loads(espalier("eval", run, "--json").out)["doubt"]
+    bad = write_rows(tmp_path / "bad.jsonl", [{"text": "a sad day", "label": "bad"}] * 3)
+    assert doubt not in espalier("eval", run, "--data", bad).out  # it is right
+
+
 def test_predict_hands_rows_back_in_order(world: World, tmp_path: Path, espalier: Command) -> None:
     out = tmp_path / "predictions.jsonl"
     assert espalier("predict", world.classifier, "--data", world.test, "--out", out).code == 0
     rows, given = read_rows(out), read_rows(world.test)
     assert [{"text": r["text"], "label": r["label"]} for r in rows] == given
     assert all(r["prediction"] in ("good", "bad") and 0.5 <= r["probability"] <= 1 for r in rows)
+    some = espalier("predict", world.classifier, "--data", world.test, "--limit", 2).out
+    assert [json.loads(line) for line in some.splitlines()] == rows[:2]
     one = espalier("predict", world.classifier, given[0]["text"])
     assert json.loads(one.out)["prediction"] == rows[0]["prediction"]
 
@@ -366,6 +472,8 @@ def test_data_check_reports_and_refuses(world: World, tmp_path: Path, espalier: 
     said = espalier(*words, "--max-length", 4)
     assert said.code == 0
     assert "48" in said.out
+    assert "before cutting (limit 4)" in said.out
+    assert "tokens" not in espalier(*words[:4]).out
     found = json.loads(espalier(*words, "--json").out)
     assert found["splits"]["train"]["rows"] == 48
     espalier.fails("data", "check", tmp_path / "none.jsonl", saying=["none.jsonl"])

@@ -138,7 +138,7 @@ def test_what_breaks_a_graph_is_refused_before_the_first_step(
 
     block.forward = looks
     monkeypatch.setattr(Loop, "_step", lambda *_: pytest.fail("a step was taken"))
-    with pytest.raises(SettingError, match=rf"compile: {how} does not suit .* Set compile: none"):
+    with pytest.raises(SettingError, match=rf"compile='{how}' does not suit .* compile='none'"):
         fit(model, compile=how)
     assert not [m for m in model.modules() if m._compiled_call_impl is not None]
 
@@ -179,5 +179,5 @@ def test_no_compiler_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_trunk_cache_is_not_compiled() -> None:
-    with pytest.raises(SettingError, match="compile: layers and trunk_cache: memory: choose one"):
+    with pytest.raises(SettingError, match="compile='layers' and trunk_cache='memory': choose one"):
         esp.RunConfig(model="m", train="t", compile="layers", trunk_cache="memory")

@@ -609,11 +609,30 @@ def test_wrong_recipes_say_what_is_wrong(source: object, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("lora", "LoRA(rank=8)"),
+        ("LoRA(alpha=8, rank=4)", "LoRA(rank=4, alpha=8)"),
+        ("LoRA(sites='ffn') + IA3()", "LoRA(rank=8, sites='ffn') + IA3()"),
+        ("Gated(PrefixTuning())", "Gated(part=PrefixTuning(length=10))"),
+        ("SerialAdapter(bottleneck=64)", "SerialAdapter(bottleneck=64)"),
+    ],
+)
+def test_recipes_are_shown_with_their_size_and_read_again(source: str, shown: str) -> None:
+    assert str(esp.recipe(source)) == shown
+    assert esp.recipe(shown) == esp.recipe(source)
+
+
+@pytest.mark.parametrize(
     ("sites", "message"),
     [
         ("attention", "span"),
         ("norm", "cannot stand on"),
-        ("ffn.inn", "ffn.in"),
+        ("ffn.inn", r"did you mean 'ffn\.in'"),
+        ("atention.q", r"did you mean 'attention\.q'"),
+        ("embeding", "did you mean 'embedding'"),
+        ("all-lineer@1", "did you mean 'all-linear'"),
+        ("encodr/attention.q", "did you mean 'encoder'"),
     ],
 )
 def test_lora_says_where_it_cannot_stand(sites: str, message: str) -> None:

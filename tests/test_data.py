@@ -374,7 +374,7 @@ def test_columns_say_the_task(rows, task, settings):
         (
             {"review": "a", "label": "x"},
             {"columns": {"text": "reviews"}},
-            "no such column; found: review, label .did you mean 'review'",
+            "no column 'reviews'; found: review, label .did you mean 'review'",
         ),
     ],
 )
@@ -432,6 +432,37 @@ def test_the_limit_keeps_labels_and_order():
     assert found.task.labels == ("no", "yes")
     numbers = [int(row.values["text"].split()[1]) for row in found.splits["train"]]
     assert numbers == sorted(numbers)
+
+
+def test_a_limit_keeps_the_same_training_rows_with_and_without_validation_data():
+    def kept(**settings):
+        return [row.values["text"] for row in read_task(**settings).splits["train"]]
+
+    alone = kept(train=ROWS, limit=9, validation_share=0.25)
+    assert len(alone) == 9
+    assert kept(train=ROWS, validation=ROWS[:4], limit=9) == alone
+    assert kept(train=ROWS, limit=9, validation_share=0) == alone
+    assert set(kept(train=ROWS, limit=5, validation_share=0.25)) < set(alone)
+    assert kept(train=ROWS, limit=9, validation_share=0, seed=1) != alone
+
+
+def test_numbers_of_classes_must_mean_what_they_mean_in_training(tmp_path):
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    for folder, names in ((mine, ["no", "yes"]), (other, ["yes", "no"])):
+        folder.mkdir()
+        (folder / "labels.json").write_text(json.dumps(names))
+        rows = [{"text": f"text {i}", "label": i % 2} for i in range(20)]
+        write(folder / "train.jsonl", rows)
+    data = read_task(str(mine / "train.jsonl"), test=str(mine / "train.jsonl"))
+    meant = "label 0 is 'yes' by the label names of this data, and 'no' by those of training"
+    with pytest.raises(DataError, match=meant):
+        read_task(str(mine / "train.jsonl"), test=str(other / "train.jsonl"))
+    with pytest.raises(DataError, match=meant):
+        read_rows(str(other / "train.jsonl"), data.task)
+    write(other / "train.jsonl", ROWS)  # names, which mean themselves
+    assert read_rows(str(other / "train.jsonl"), data.task)[0].values["label"] == 0
+    given = {"test": str(other / "train.jsonl"), "label_names": ["no", "yes"]}
+    assert len(read_task(str(mine / "train.jsonl"), **given).splits["test"]) == 20
 
 
 def test_plain_text_gives_up_its_end():

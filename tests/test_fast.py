@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Callable
@@ -422,6 +423,22 @@ def test_only_a_rotation_of_halves_is_replaced() -> None:
 
     assert rotating_twin(LlamaAttention) is not None
     assert rotating_twin(GlmAttention) is None  # it rotates neighbours
+
+
+def test_a_decorator_with_a_name_that_is_not_bound_is_seen_through() -> None:
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    def decorated(inner: Callable[..., Any]) -> Callable[..., Any]:
+        later: Any
+
+        @functools.wraps(inner)
+        def outer(*args: Any, **kwargs: Any) -> Any:
+            return inner(*args, **kwargs) or later  # noqa: F821 (never bound)
+
+        return outer
+
+    owner = type("Owner", (), {"forward": decorated(LlamaAttention.forward)})
+    assert rotating_twin(owner) is not None
 
 
 def test_a_forward_that_was_replaced_has_no_twin_of_the_old_one(

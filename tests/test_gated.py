@@ -171,6 +171,8 @@ def test_gated_adapters_do_not_merge() -> None:
 def test_wrong_gates_say_what_is_wrong() -> None:
     with pytest.raises(SettingError, match="one method"):
         esp.recipe("Gated(part='LoRA')")
+    with pytest.raises(SettingError, match="Gated needs part"):
+        esp.recipe("gated")
     with pytest.raises(SettingError, match="over must be one of"):
         esp.recipe("Gated(LoRA(), over='all')")
     with pytest.raises(SettingError, match="one gate around a method is enough"):

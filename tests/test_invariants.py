@@ -114,7 +114,9 @@ def test_a_deep_copy_is_independent(case: Case, recipe: str) -> None:
     assert torch.equal(logits(model, batch), expected)
 
 
-def test_a_fresh_process_gives_the_same_numbers(tmp_path: Path) -> None:
+def test_a_fresh_process_gives_the_same_numbers(
+    tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
     case = CASES[2]
     model, batch = grafted(case, "lora-two"), case.batch()
     train(model, batch)
@@ -128,8 +130,11 @@ def test_a_fresh_process_gives_the_same_numbers(tmp_path: Path) -> None:
         "from safetensors.torch import load_file\n"
         "case = BY_NAME['llama']; model = case.make(); esp.load(model, sys.argv[2], 'again')\n"
         "want = load_file(sys.argv[2] + '/expected.st')['logits']\n"
-        "assert torch.equal(logits(model, case.batch()), want)\n"
+        "from contextlib import nullcontext\n"
+        "with esp.plain_paths() if sys.argv[3] == 'True' else nullcontext():\n"
+        "    assert torch.equal(logits(model, case.batch()), want)\n"
     )
-    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)]
+    plain = str(pytestconfig.getoption("--plain-paths"))
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path), plain]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

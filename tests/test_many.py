@@ -192,14 +192,14 @@ def test_deepspeed_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPa
     with pytest.raises(SettingError, match="pip install deepspeed"):
         processes.accelerator(esp.RunConfig(model="m", train="t", sharding="zero3"))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(SettingError, match="--sharding zero3"):
+    with pytest.raises(SettingError, match="sharding='zero3'"):
         processes.accelerator(esp.RunConfig(model="m", train="t"))
 
 
 def test_one_process_says_that_nothing_is_spread(capsys: pytest.CaptureFixture[str]) -> None:
     settings = {"batch": 4, "threads": 1, "sharding": "fsdp", "dry_run": True}
     esp.fit(tiny.llama(), tiny.tokenizer("gpt2"), tiny.sums(8), "IA3()", **settings)
-    assert "sharding: fsdp does nothing in one process" in capsys.readouterr().out
+    assert "sharding='fsdp' does nothing in one process" in capsys.readouterr().out
 
 
 def test_other_steps_are_not_resumed(folder: Path) -> None:
@@ -207,7 +207,7 @@ def test_other_steps_are_not_resumed(folder: Path) -> None:
     run = {"fixed": {"config": config.to_dict(), "processes": 2, "data": "", "total": 1}}
     (folder / "run.json").write_text(json.dumps({**run, "position": {}, "offset": 0}))
     fixed = state.Fixed(config, 1, 3, "", 1)
-    with pytest.raises(SettingError, match="Write accumulate: 2"):
+    with pytest.raises(SettingError, match="Write accumulate=2"):
         state.read_position(folder, fixed)
     with pytest.raises(SettingError, match="number of processes that divides 6"):
         state.read_position(folder, state.Fixed(config, 1, 4, "", 1))
@@ -295,7 +295,10 @@ def test_the_launcher_chooses_the_folder_and_keeps_a_chosen_one(
     monkeypatch.chdir(tmp_path)
     common = ["launch", "--cpu", "--num-processes", "2", "--model", "m", "--train", "mail.csv"]
     assert main(common) == main([*common, "--out", "mine"]) == 0
-    assert [words[words.index("--out") + 1] for words in started] == ["runs/mail-lora", "mine"]
+    assert [words[words.index("--out") + 1] for words in started] == [
+        "runs/mail-lora-rank-8",
+        "mine",
+    ]
 
 
 def test_a_stopped_launch_says_how_to_go_on(

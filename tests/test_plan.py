@@ -277,6 +277,11 @@ def test_bad_input_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     command.fails("plan", "--model", folder, "--memory", "lots", saying=["memory", "'lots'"])
     command.fails("plan", "--model", folder, "--batch", 0, saying=["batch", "at least 1"])
     command.fails("plan", "--model", folder, "--rang", 4, saying=["no flag --rang", "rank"])
+    for flag in ("--train", "--limit", "--steps", "--max_length", "--learning_rate"):
+        saying = ["`espalier plan` takes no --", "reads no data", "--batch, --length"]
+        command.fails("plan", "--model", folder, flag, 4, saying=saying)
+    command.fails("plan", "--model", folder, "--lenght", 4, saying=["did you mean '--length'"])
+    command.fails("inspect", folder, "--train", "x", saying=["`espalier inspect` takes no --train"])
     command.fails("plan", "--model", folder, "--task", "seq2seq", saying=["llama", "seq2seq"])
     with pytest.raises(CheckpointError):
         esp.plan(str(tmp_path / "config.txt"))
@@ -343,11 +348,11 @@ def test_out_of_memory_points_to_the_plan(
     with pytest.raises(TrainingError) as caught:
         esp.train(RunConfig(**run | {"batch": 16}))
     said = str(caught.value)
-    for part in ("batch: 16", "A step takes", "activations", "espalier plan --model", "--memory"):
+    for part in ("batch=16", "A step takes", "activations", "espalier plan --model", "--memory"):
         assert part in said
-    assert "1. batch: " in said
+    assert "1. batch=" in said
     monkeypatch.setattr("espalier.planning.auto.of_step", full)
-    with pytest.raises(TrainingError, match=r"(?s)What helps.*1\. batch: 4 with accumulate: 4"):
+    with pytest.raises(TrainingError, match=r"(?s)What helps.*1\. batch=4 with accumulate=4"):
         esp.train(RunConfig(**run | {"batch": 16, "overwrite": True}))
 
 

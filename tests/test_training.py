@@ -155,7 +155,7 @@ def test_packed_rows_train(tmp_path: Path) -> None:
 
 
 def test_packing_is_refused_where_rows_would_mix() -> None:
-    with pytest.raises(SettingError, match="pack is for causal"):
+    with pytest.raises(SettingError, match="pack' is for causal"):
         esp.fit(tiny.bert(**CLASSES), tiny.tokenizer(), tiny.reviews(), batching="pack", quiet=True)
 
 
@@ -166,19 +166,36 @@ def test_best_is_kept_and_early_stopping_stops() -> None:
         **COMMON,
     )  # fmt: skip
     checks = [line for line in result.history if line["kind"] == "validation"]
-    best = max(checks, key=lambda line: line["accuracy"])
+    best = max(checks, key=lambda line: (line["accuracy"], -line["loss"]))
     assert result.best["step"] == best["step"]
     assert result.steps == checks[-1]["step"] == best["step"] + 4
     assert result.metrics["validation"]["accuracy"] == best["accuracy"]
 
 
-def test_keep_last() -> None:
+def test_among_equals_the_lower_loss_is_the_best(capsys: pytest.CaptureFixture[str]) -> None:
+    result = esp.fit(
+        tiny.bert(**CLASSES), tiny.tokenizer(), tiny.reviews(), lr=1e-6, head_lr=1e-6,
+        **{**COMMON, "quiet": False},
+    )  # fmt: skip
+    first, *_, last = [line for line in result.history if line["kind"] == "validation"]
+    assert first["accuracy"] == last["accuracy"]
+    assert first["loss"] > last["loss"]
+    assert (result.best["step"], result.metric) == (last["step"], "accuracy")
+    said = capsys.readouterr().out
+    assert "best so far, by accuracy" in said
+    assert f"kept from step {last['step']}: the best accuracy on validation data" in said
+    assert f"({last['accuracy']:.4g})" in said
+
+
+def test_keep_last(capsys: pytest.CaptureFixture[str]) -> None:
     result = esp.fit(
         tiny.bert(**CLASSES), tiny.tokenizer(), tiny.reviews(), lr=0.5, epochs=4, keep="last",
-        **COMMON,
+        **{**COMMON, "quiet": False},
     )  # fmt: skip
     last = [line for line in result.history if line["kind"] == "validation"][-1]
     assert result.metrics["validation"]["loss"] == last["loss"]
+    assert "kept from" not in (said := capsys.readouterr().out)
+    assert f"step {result.best['step']:.0f} had the best accuracy" in said
 
 
 def test_a_loss_that_is_no_number_stops_the_run() -> None:
@@ -216,10 +233,10 @@ def test_out_of_memory_says_what_a_step_takes_and_what_helps(
     with pytest.raises(TrainingError) as caught:
         esp.fit(model, tiny.tokenizer(), tiny.reviews(), **COMMON)
     text = str(caught.value)
-    assert "with batch: 8 and up to 11 tokens" in text
+    assert "with batch=8 and up to 11 tokens" in text
     assert "A step takes" in text
     assert "activations" in text
-    assert "1. batch: 4 with accumulate: 2 (the same step)" in text
+    assert "1. batch=4 with accumulate=2 (the same step)" in text
     assert "espalier plan --model BertForSequenceClassification" in text
 
 

@@ -21,6 +21,7 @@ from espalier.storage import Storage
 from espalier.training.evaluate import evaluating, inputs
 from espalier.training.models import (
     limit_of,
+    load_config,
     load_model,
     load_tokenizer,
     precision_of,
@@ -100,6 +101,7 @@ class Adapted:
     tokenizer: Any
     task: Task
     card: Mapping[str, Any]
+    precision: str = "fp32"
 
     @property
     def extras(self) -> Mapping[str, Any]:
@@ -128,7 +130,8 @@ def open_adapter(
     Args:
         folder: A folder that `esp.save` or a run wrote.
         base: Where the base model is, if not where the card says.
-        precision: The base's numbers; auto is bf16 on GPUs that have it and fp32 elsewhere.
+        precision: The base's numbers; auto is what the adapter was trained in, where the device
+            is made for it.
         quantize: How the base's layers are stored, if not as they were in training.
 
     Raises:
@@ -147,8 +150,9 @@ def open_adapter(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         tokenizer = load_tokenizer(name)
-        half = precision_of(precision, device) == "bf16"
-        dtype = torch.bfloat16 if half else torch.float32
+        trained = card["extras"].get("precision")
+        chosen = precision_of(precision, device, load_config(name), trained)
+        dtype = torch.bfloat16 if chosen == "bf16" else torch.float32
         model, _ = load_model(name, task, tokenizer, dtype, storage_of(card, quantize))
     except CheckpointError as error:
         if base:
@@ -160,7 +164,7 @@ def open_adapter(
     load(model, folder, "adapter")
     to_device(model, device)
     model.eval()
-    return Adapted(Path(folder), model, tokenizer, task, card)
+    return Adapted(Path(folder), model, tokenizer, task, card, chosen)
 
 
 def storage_of(card: Mapping[str, Any], quantize: Quantize | None = None) -> Storage | None:

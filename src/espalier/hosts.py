@@ -99,9 +99,9 @@ def current(host: nn.Module, site: Site, dtype: torch.dtype) -> dict[str, Tensor
 
 def computed(x: Tensor) -> torch.dtype:
     """The type in which products of x are computed: x's own, or what autocast casts it to."""
-    if x.dtype == torch.float64 or not _casts(x):
+    if x.dtype == torch.float64:
         return x.dtype
-    return torch.get_autocast_dtype(x.device.type)
+    return autocast_type(x.device.type) or x.dtype
 
 
 def multiplies(host: nn.Module, x: Tensor) -> bool:
@@ -114,7 +114,7 @@ def multiplies(host: nn.Module, x: Tensor) -> bool:
         return False
     kind = type(host)
     if kind is nn.Linear or _is(kind, "transformers.pytorch_utils", "Conv1D"):
-        casts = _casts(x) and x.is_floating_point()
+        casts = x.is_floating_point() and autocast_type(x.device.type) is not None
         return weight.dtype == x.dtype or (casts and torch.float64 not in (weight.dtype, x.dtype))
     if _is(kind, "bitsandbytes.nn.modules", "Linear4bit") and computed(x) == x.dtype:
         return host.compute_dtype in (None, x.dtype) and hasattr(weight, "quant_state")
@@ -142,10 +142,10 @@ def _cast(host: nn.Module, weight: Tensor, dtype: torch.dtype) -> Tensor:
     return _upright(host, weight).to(dtype)
 
 
-def _casts(x: Tensor) -> bool:
-    """Whether autocast is on where x is; there is none on meta."""
-    kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+def autocast_type(kind: str) -> torch.dtype | None:
+    """What autocast casts to on a kind of device; None where it is off, as on meta."""
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
 
 
 def _is(kind: type, module: str, name: str) -> bool:

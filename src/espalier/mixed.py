@@ -20,11 +20,11 @@ from espalier.deltas import Batch, Call, Delta
 from espalier.errors import AdapterError
 from espalier.fast.grouped import Grouped, grouped
 from espalier.pieces import Group, Live, Pieces, together, written
+from espalier.seat import Seat, argument, first, instead
 
 if TYPE_CHECKING:
     from espalier.attention import Attention
     from espalier.graft import Graft
-    from espalier.seat import Seat
 
 # What says how many rows there are, the first that is given.
 _TEXTS = (
@@ -139,7 +139,7 @@ class Mixed:
                 x = args[0]
                 if len(x) == self.rows or self._flattened(x):
                     return plan.output(x, self.rows)
-        live = [_here(seat, one) for one in self.lives]
+        live = [seat.acting(one) for one in self.lives]
         if not seat.watchers:
             changes = any(live)
             return self._changed(seat, live, args, kwargs) if changes else seat._inner(args, kwargs)
@@ -174,7 +174,7 @@ class Mixed:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        x = _given(args, kwargs)
+        x = argument(args, kwargs)
         size = self._size(x, seat.path)
         groups = self.groups(size, x.device)
         mine = [(g, here, Pieces(size, g.rows)) for g, here in zip(groups, live, strict=True)]
@@ -183,8 +183,7 @@ class Mixed:
                 return self._apart(seat, mine, args, kwargs, size)
             args, kwargs = self._before(seat, mine, args, kwargs, size)
             result = seat._inner(args, kwargs)
-            y = result if isinstance(result, Tensor) else result[0]
-            y = self._after(seat, mine, args, kwargs, y, size)
+            y = self._after(seat, mine, args, kwargs, first(result), size)
             return y if isinstance(result, Tensor) else (y, *result[1:])
         finally:
             for delta, _ in (pair for here in live for pair in here):
@@ -218,24 +217,19 @@ class Mixed:
         size: int,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What the host is given, rows changed by the deltas that act before it."""
-        x = _given(args, kwargs)
+        x = argument(args, kwargs)
         changed: list[tuple[Tensor, Tensor]] = []
         for group, here, pieces in mine:
             acting = [pair for pair in here if type(pair[0]).before is not Delta.before]
             if acting:
-                given, named = (pieces.of(x), *args[1:])[: len(args)], dict(kwargs)
-                if not args:
-                    named[next(iter(kwargs))] = pieces.of(x)
+                given, named = instead(pieces.of(x), args, kwargs)
                 with self._alone(group, here, pieces):
                     for delta, weight in acting:
                         given, named = seat._before(delta, weight, given, named)
-                changed.append((group.rows, _given(given, named)))
+                changed.append((group.rows, argument(given, named)))
         if not changed:
             return args, kwargs
-        x = written(x, changed, size)
-        if args:
-            return (x, *args[1:]), kwargs
-        return args, {**kwargs, next(iter(kwargs)): x}
+        return instead(written(x, changed, size), args, kwargs)
 
     def _after(
         self,
@@ -247,7 +241,7 @@ class Mixed:
         size: int,
     ) -> Tensor:
         """The host's output, rows changed by the deltas that act after it."""
-        x = _given(args, kwargs)
+        x = argument(args, kwargs)
         changed: list[tuple[Tensor, Tensor]] = []
         for group, here, pieces in mine:
             acting = [pair for pair in here if type(pair[0]).after is not Delta.after]
@@ -286,7 +280,7 @@ class Mixed:
     def _cut(self, path: str, call: Call, group: Group, pieces: Pieces) -> Call:
         seat = self.graft.seats[path]
         args, kwargs = pieces.of(call.args), pieces.of(call.kwargs)
-        return seat._call(_here(seat, group.live), args, kwargs, pieces.of(call.y))
+        return seat._call(seat.acting(group.live), args, kwargs, pieces.of(call.y))
 
     # ---------------------------------------------------------------------- attention and words
 
@@ -332,14 +326,6 @@ class Mixed:
 
 def _versions(flats: list[Tensor]) -> list[int]:
     return [0 if flat.is_inference() else flat._version for flat in flats]
-
-
-def _here(seat: Seat, live: Live) -> list[tuple[Delta, float]]:
-    return [(delta, weight) for name, weight in live for delta in seat.deltas.get(name, ())]
-
-
-def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _joined(

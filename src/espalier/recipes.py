@@ -241,6 +241,9 @@ def _from_mapping(item: object) -> tuple[Method, ...]:
         if key not in fields:
             raise SettingError(f"{made.__name__} has no setting {key!r}; {nearest(key, fields)}")
         settings[key] = _from_json(value)
+    for key, field in fields.items():
+        if field.default is field.empty and key not in settings:
+            raise SettingError(f"{made.__name__} needs {key}, as in '{made.__name__}({key}=...)'")
     result = made(**settings)
     return result.methods if isinstance(result, Recipe) else (result,)
 
@@ -266,13 +269,12 @@ def _from_json(value: Any) -> Any:
 
 
 def _terse(method: Method) -> str:
-    fields = dataclasses.fields(method)  # type: ignore[arg-type]
-    changed = (
-        f"{field.name}={_shown(getattr(method, field.name))}"
-        for field in fields
-        if getattr(method, field.name) != field.default
-    )
-    return f"{type(method).__name__}({', '.join(changed)})"
+    """A method with what differs from its defaults, and its size: its first whole number."""
+    fields = {f.name: f.default for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    values = {name: getattr(method, name) for name in fields}
+    size = next((n for n, v in values.items() if type(v) is int and v > 0), None)
+    told = (f"{n}={_shown(v)}" for n, v in values.items() if n == size or v != fields[n])
+    return f"{type(method).__name__}({', '.join(told)})"
 
 
 def _shown(value: Any) -> str:

@@ -19,6 +19,7 @@ from espalier.deltas import Call, Delta
 from espalier.fast import seated as fused
 from espalier.fast.decoding import served
 from espalier.fast.quick import Quick, taken
+from espalier.pieces import Live
 
 if TYPE_CHECKING:
     from espalier.graft import Graft
@@ -99,9 +100,7 @@ class Seat:
             return graft.rows.run(self, args, kwargs)
         if (fast := served(self, args, kwargs)) is not None:
             return fast(args[0])
-        live = [
-            (delta, weight) for name, weight in graft.live for delta in self.deltas.get(name, ())
-        ]
+        live = self.acting(graft.live)
         if not self.watchers:
             return self._changed(live, args, kwargs) if live else self._inner(args, kwargs)
         try:
@@ -111,6 +110,10 @@ class Seat:
         finally:  # the end of a call around a delta's own ends what the delta has seen
             for delta in self._watching(within=True):
                 delta.seen.clear()
+
+    def acting(self, live: Live) -> list[tuple[Delta, float]]:
+        """The deltas here of these adapters, and their weights."""
+        return [(delta, weight) for name, weight in live for delta in self.deltas.get(name, ())]
 
     def _watching(self, within: bool) -> list[Delta]:
         """The live deltas that mind this host's calls and stand within it, or do not."""
@@ -151,8 +154,8 @@ class Seat:
             result = self._inner(args, kwargs)
             if not live:
                 return result
-            y = _first(result)
-            x = _given(args, kwargs)
+            y = first(result)
+            x = argument(args, kwargs)
             for delta, weight in live:
                 if type(delta).after is not Delta.after:
                     if delta.watches and self.path in delta.watches:  # else blocks share a graph
@@ -191,7 +194,7 @@ class Seat:
         """Leave this call with the deltas elsewhere that mind it."""
         for delta in self._watching(within=False):
             if delta.site.path != self.path:
-                delta.seen[self.path] = self._call(live, args, kwargs, _first(result))
+                delta.seen[self.path] = self._call(live, args, kwargs, first(result))
 
     def _call(
         self,
@@ -201,7 +204,7 @@ class Seat:
         y: Tensor,
     ) -> Call:
         again = partial(self._again, live, args[1:], kwargs)
-        return Call(_given(args, kwargs), y, again, args, kwargs)
+        return Call(argument(args, kwargs), y, again, args, kwargs)
 
     def _again(
         self,
@@ -214,18 +217,16 @@ class Seat:
         args = (x, *rest)
         result = self._changed(live, args, kwargs) if live else self._inner(args, kwargs)
         self._tell(live, args, kwargs, result)
-        return _first(result)
+        return first(result)
 
     def _before(
         self, delta: Delta, weight: float, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        x = _given(args, kwargs)
+        x = argument(args, kwargs)
         changed = delta.before(hosts.tensors(delta, x, self.host), x, self.host.training)
         if weight != 1.0:
             changed = x + weight * (changed - x)
-        if args:
-            return (changed, *args[1:]), kwargs
-        return args, {**kwargs, next(iter(kwargs)): changed}
+        return instead(changed, args, kwargs)
 
     def _after(self, delta: Delta, weight: float, x: Tensor, y: Tensor) -> Tensor:
         enter = delta.site.enter
@@ -258,11 +259,20 @@ class Seat:
         return True
 
 
-def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """What a module was given: its first argument."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
-def _first(result: Any) -> Tensor:
+def instead(
+    x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call with x for its first argument."""
+    if args:
+        return (x, *args[1:]), kwargs
+    return args, {**kwargs, next(iter(kwargs)): x}
+
+
+def first(result: Any) -> Tensor:
     """What a module gave: its output, or the first of several."""
     return result if isinstance(result, Tensor) else result[0]

@@ -14,6 +14,7 @@ A word that can be read as roles is; module names match whole or from any dot on
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from fnmatch import fnmatchcase, translate
 from typing import TYPE_CHECKING
 
@@ -87,7 +88,7 @@ def _find(sites: Sites, term: str, read: re.Match[str]) -> tuple[list[Site], boo
             have = ", ".join(there) or "none of its own"
             raise SiteError(
                 f"no {what!r} in a stack {stack!r} of {sites.notes.model} (asked by {term!r}); "
-                f"stacks with it: {have}"
+                f"stacks with it: {have}{_near(stack, there)}"
             )
     return (_in_layers(found, layers, term) if layers else found), by_name
 
@@ -164,12 +165,19 @@ def _nothing(sites: Sites, term: str, what: str) -> str:
     held = next((path_and_why for path_and_why in sites.notes.bare if match(path_and_why[0])), None)
     if held is not None and what not in ROLES:
         return f"{term!r} matches {held[0]}, but it is a {held[1]}: no place a method can stand on"
-    if what in (*ROLES, ALL_LINEAR, ALL_ATTENTION) or what.partition(".")[0] in SPANS:
+    if what in (*ROLES, ALL_LINEAR, ALL_ATTENTION):
         return f"no {what!r} in {model} (asked by {term!r}); it has {have}{_hidden(sites, what)}"
+    roles = {*sites.roles, ALL_LINEAR, ALL_ATTENTION}
+    if what.partition(".")[0] in SPANS:
+        return f"no {what!r} in {model} (asked by {term!r}); it has {have}{_near(what, roles)}"
     names = {s.path.rpartition(".")[2] for s in sites} | {s.path for s in sites if "." in what}
-    near = nearest(what, {*sites.roles, ALL_LINEAR, ALL_ATTENTION, *names})
-    near = f"; {near}" if near.startswith("did") else ""
+    near = _near(what, roles | names)
     return f"{term!r} is no role and matches no module of {model}; roles it has: {have}{near}"
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    near = nearest(word, known, 1)
+    return f"; {near}" if near.startswith("did") else ""
 
 
 def _hidden(sites: Sites, what: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,9 +25,11 @@ Base = Annotated[
 Batch = Annotated[int, typer.Option(help="Rows at once.", min=1, metavar="N")]
 Precision = Annotated[
     str,
-    typer.Option(help="fp32, bf16 or auto: bf16 on GPUs that have it.", metavar="auto|fp32|bf16"),
+    typer.Option(
+        help="fp32, bf16 or auto: as in training, where this device is made for it.",
+        metavar="auto|fp32|bf16",
+    ),
 ]
-
 
 Quantize = Annotated[
     str | None,
@@ -60,14 +63,31 @@ def raw_rows(source: str) -> list[Row]:
     if source == "-":
         return _from_stdin()
     with aside():
-        from espalier.data.sources import read_source
+        return split_rows(source)[1]
 
-        splits = read_source(source, split="test").splits
-    if "test" in splits:
-        return splits["test"]
-    if len(splits) == 1:
-        return next(iter(splits.values()))
-    raise DataError(f"{source} holds {', '.join(splits)}; give one file of it.")
+
+def split_rows(
+    source: str, asked: str | None = None
+) -> tuple[str | None, list[Row], dict[str, list[str]]]:
+    """A split of a data set, its rows, and label names that the source states, by column.
+
+    The split is the one asked for, else test, else the only one; a file is none: None.
+
+    Raises:
+        DataError: It cannot be read, or has no such split.
+    """
+    from espalier.data.sources import read_source
+
+    raw = read_source(source, split=asked or "test")
+    splits = raw.splits
+    if Path(source).expanduser().is_file():
+        return None, next(iter(splits.values())), raw.label_names
+    name = asked or (next(iter(splits)) if len(splits) == 1 else "test")
+    if name not in splits:
+        raise DataError(
+            f"{source} holds {', '.join(splits)} and no {name} split; give one file of it."
+        )
+    return name, splits[name], raw.label_names
 
 
 def _from_stdin() -> list[Row]:
@@ -93,12 +113,27 @@ def _from_stdin() -> list[Row]:
 TYPED = "\0text"  # stands for the task's column in rows that are a plain text
 
 
-def for_task(task: Task, rows: Sequence[Row], columns: Mapping[str, str] | None) -> list[Row]:
-    """Rows in the task's own terms, without answers; plain texts get the task's column."""
+def for_task(
+    task: Task,
+    rows: Sequence[Row],
+    columns: Mapping[str, str] | None,
+    names: Mapping[str, Sequence[str]] | None = None,
+) -> list[Row]:
+    """Rows in the task's own terms; plain texts get the task's column.
+
+    With `names`, the label names of their source by column, the rows bring their answers.
+
+    Raises:
+        DataError: A row cannot be used; names file and line.
+    """
+    from espalier.data.building import check_numbers
     from espalier.data.loading import task_with_columns
 
-    own = task_with_columns(task, rows, columns, labelled=False)
-    return [own.read(typed_row(own, row), labelled=False) for row in rows]
+    labelled = names is not None
+    own = task_with_columns(task, rows, columns, labelled)
+    if names is not None:
+        check_numbers(own, rows, names)
+    return [own.read(typed_row(own, row), labelled) for row in rows]
 
 
 def typed_row(task: Task, row: Row) -> Row:

@@ -9,7 +9,7 @@ import typer
 
 from espalier.commands.flags import given, with_run_flags, without
 from espalier.commands.outcome import Interrupted
-from espalier.commands.screen import console
+from espalier.commands.screen import show
 from espalier.commands.train import assemble
 from espalier.errors import SettingError
 
@@ -62,13 +62,13 @@ def command(
         raise Interrupted("give the same command again to go on with the sweep.") from None
     from rich.table import Table
 
-    table = Table(show_edge=False, pad_edge=False, title_justify="left", title_style="bold")
+    table = Table(show_edge=False, pad_edge=False)
     table.title = str(sweep)
     for name in sweep.titles:
         table.add_column(name, justify="right")
     for row in sweep.rows:
         table.add_row(*row)
-    console().print(table)
+    show(table)
 
 
 def _numbers(text: str) -> list[int]:

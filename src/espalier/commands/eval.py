@@ -8,30 +8,47 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from espalier.commands.adapters import Base, Batch, Precision, Quantize, Run, opened
+from espalier.commands.adapters import (
+    Base,
+    Batch,
+    Precision,
+    Quantize,
+    Run,
+    for_task,
+    opened,
+    split_rows,
+)
 from espalier.commands.flags import mapping
 from espalier.commands.noise import aside
-from espalier.commands.screen import console, say
+from espalier.commands.screen import say, show
 from espalier.errors import SettingError
 
 if TYPE_CHECKING:
     from espalier.generation import Adapted
     from espalier.tasks import Row
+    from espalier.training.evaluate import Measured
 
 EXAMPLE = """\
+espalier eval runs/reviews-lora
 espalier eval runs/reviews-lora --data test.csv"""
 
 
 def command(
     run: Run,
     data: Annotated[
+        str | None, typer.Option(help="Labelled data; the run's own, as it read it, if left out.")
+    ] = None,
+    split: Annotated[
         str | None,
-        typer.Option(help="Labelled data; the run's test or validation data if left out."),
+        typer.Option(
+            help="Rows to measure on; if left out test, or where there is none validation.",
+            metavar="train|validation|test",
+        ),
     ] = None,
     columns: Annotated[
         str | None, typer.Option(help="Which column plays which part: text=review,label=stars.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Rows at most.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="Rows at most, the first ones.", min=1)] = None,
     batch: Batch = 32,
     model: Base = None,
     precision: Precision = "auto",
@@ -39,59 +56,59 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure a trained adapter on labelled data: loss and the metrics of its task."""
-    source, split = (data, "test") if data else _own_data(run)
+    if split not in (None, "train", "validation", "test"):
+        raise SettingError(f"--split must be train, validation or test; got {split!r}.")
+    if data is None and columns is not None:
+        raise SettingError("--columns is for --data: the run's own is read as the run read it.")
+    names = None
+    with aside():
+        if data is None:
+            source, split, rows = _own_rows(run, split)
+        else:
+            source, (split, rows, names) = data, split_rows(data, split)
     at = opened(run, model, precision, quantize)
     with aside():
-        rows = _rows(at, source, split, mapping(columns) if columns else None)[:limit]
-        metrics = _measure(at, rows, batch)
+        if names is not None:
+            rows = for_task(at.task, rows, mapping(columns) if columns else None, names)
+        rows = rows[:limit]
+        found = _measure(at, rows, batch)
     if as_json:
-        say(json.dumps({"data": source, "rows": len(rows), **metrics}))
+        about = {"data": source, "split": split, "rows": len(rows), "precision": at.precision}
+        say(json.dumps({**about, **found.metrics, "doubt": found.doubt}))
         return
     from rich.table import Table
 
-    table = Table(show_edge=False, pad_edge=False, title_justify="left", title_style="bold")
-    table.title = f"{run} on {source or 'rows held out of ' + str(_config(run)['train'])}"
+    where = source if split is None else f"the {split} rows of {source}"
+    table = Table(show_edge=False, pad_edge=False, title=f"{run} on {where}, {at.precision}")
     table.add_column("metric", style="cyan")
     table.add_column(f"{len(rows):,} rows", justify="right")
-    for name, value in metrics.items():
+    for name, value in found.metrics.items():
         table.add_row(name, f"{value:.4g}")
-    console().print(table)
+    show(table)
+    if found.doubt:
+        say(found.doubt)
 
 
-def _config(run: str) -> dict[str, object]:
-    """The settings of a run folder; none for a bare adapter folder."""
-    import yaml
-
-    path = Path(run) / "config.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def _own_data(run: str) -> tuple[str | None, str]:
-    """The data that the run itself was measured on; None for rows held out of training data."""
-    config = _config(run)
-    for split in ("test", "validation"):
-        if config.get(split):
-            return str(config[split]), split
-    if not config.get("train") or not config.get("validation_share"):
-        raise SettingError(f"{run} names no data to measure on; give it with --data.")
-    return None, "validation"
-
-
-def _rows(at: Adapted, source: str | None, split: str, columns: dict[str, str] | None) -> list[Row]:
-    from espalier.data import read_rows
-
-    if source is not None:
-        return read_rows(source, at.task, columns=columns, split=split)
+def _own_rows(run: str, split: str | None) -> tuple[str, str, list[Row]]:
+    """Where the run's own rows are from, which of them are to be measured on, and they."""
+    from espalier.checkpoint import read_card
     from espalier.training.config import RunConfig
-    from espalier.training.prepare import read_data
+    from espalier.training.prepare import IN_MEMORY, read_data
 
-    splits = read_data(RunConfig.from_yaml(Path(at.folder) / "config.yaml")).splits
+    read_card(run)  # what is no run at all is said first
+    path = Path(run) / "config.yaml"
+    config = RunConfig.from_yaml(path) if path.is_file() else None
+    if config is None or IN_MEMORY in (config.train, config.validation, config.test):
+        raise SettingError(f"{run} names no data to measure on; give it with --data.")
+    splits = read_data(config).splits
+    split = split or ("test" if "test" in splits else "validation")
     if split not in splits:
-        raise SettingError(f"{at.folder} held no rows out of training; give data with --data.")
-    return splits[split]
+        have = " and ".join(splits)
+        raise SettingError(f"{run} has no {split} rows, but {have}; give others with --data.")
+    return getattr(config, split) or config.train, split, splits[split]
 
 
-def _measure(at: Adapted, rows: list[Row], batch: int) -> dict[str, float]:
+def _measure(at: Adapted, rows: list[Row], batch: int) -> Measured:
     from accelerate import Accelerator
 
     from espalier.training.evaluate import evaluate

@@ -9,12 +9,13 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import typer
 import yaml
 
 from espalier.errors import SettingError, nearest
+from espalier.wording import flag
 
 _WIDE = 24  # longer lists of choices stand in the help's text, not in its column
 # The field with which each panel of the help begins.
@@ -25,11 +26,6 @@ _PANELS = {
     "evaluate_every": "Evaluation",
     "out": "Run",
 }
-
-
-def flag(name: str) -> str:
-    """A setting's flag: max_length gives --max-length."""
-    return f"--{name.replace('_', '-')}"
 
 
 def with_run_flags(command: Callable[..., None]) -> Callable[..., None]:
@@ -134,12 +130,29 @@ def mapping(text: str) -> dict[str, str]:
 # ------------------------------------------------------------------------------ settings of methods
 
 
-def method_settings(words: Sequence[str], method: object) -> list[dict[str, Any]]:
+class Elsewhere(NamedTuple):
+    """A command other than train: its name and flags, and why it has not those of a run."""
+
+    name: str
+    flags: Sequence[str]
+    why: str
+
+
+def elsewhere(ctx: typer.Context, why: str) -> Elsewhere:
+    """The command that is running."""
+    known = [name for parameter in ctx.command.params for name in parameter.opts]
+    return Elsewhere(ctx.info_name or "", known, why)
+
+
+def method_settings(
+    words: Sequence[str], method: object, by: Elsewhere | None = None
+) -> list[dict[str, Any]]:
     """The method with the settings that were typed as flags of their own (`--rank 16`).
 
     Args:
         words: What no option of the command took.
         method: The method so far, in any form that `esp.recipe` reads.
+        by: The command, if it is not one that takes the settings of a run.
 
     Returns:
         The recipe as JSON data, with the settings in it.
@@ -156,7 +169,7 @@ def method_settings(words: Sequence[str], method: object) -> list[dict[str, Any]
     for name, text in _pairs(words).items():
         at = [i for i, made in enumerate(makers) if name in fields_of(made)]
         if not at:
-            raise SettingError(unknown_flag(name, makers))
+            raise SettingError(unknown_flag(name, makers, by))
         if len(at) > 1:
             names = " and ".join(makers[i].__name__ for i in at)
             raise SettingError(
@@ -208,23 +221,31 @@ def _value(text: str, kind: Any) -> Any:
     return text if words and not isinstance(value, list) else value
 
 
-def unknown_flag(name: str, methods: Sequence[Callable[..., Any]]) -> str:
+def unknown_flag(
+    name: str, methods: Sequence[Callable[..., Any]], by: Elsewhere | None = None
+) -> str:
     """One sentence on a flag that nothing takes: the right one, or the nearest."""
     from espalier.training.aliases import ALIASES
     from espalier.training.config import RunConfig
 
+    of_run = [flag(field) for field in RunConfig.model_fields]
+    own = [*of_run, "--config", "--print-config"] if by is None else by.flags
     other = re.match(r"write method: (\w+)\(", ALIASES.get(name, ""))
+    meant = re.match(r"write (\w+)", ALIASES.get(name, ""))
+    key = flag(name if meant is None or other else meant[1])
+    if by is not None and key in of_run and key not in own:
+        return f"`espalier {by.name}` takes no {key}, a flag of `espalier train`: {by.why}."
     if name in ALIASES and (other is None or other[1] in {cls.__name__ for cls in methods}):
         return f"There is no flag --{name}: {as_flags(ALIASES[name])}."
     of_method = {field for cls in methods for field in fields_of(cls)}
-    known = [flag(field) for field in {*RunConfig.model_fields, *of_method}]
-    near = nearest(flag(name), [*known, "--config", "--print-config"])
+    near = nearest(flag(name), {*own, *map(flag, of_method)})
     names = " + ".join(cls.__name__ for cls in methods)
     if near.startswith("did"):
         return f"There is no flag {flag(name)} for {names}; {near}"
+    rest = "those of a run" if by is None else "its own"
     return (
         f"There is no flag {flag(name)}; {names} has {', '.join(map(flag, sorted(of_method)))}, "
-        "and `espalier train --help` lists those of a run."
+        f"and `espalier {by.name if by else 'train'} --help` lists {rest}."
     )
 
 

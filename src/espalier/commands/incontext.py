@@ -11,7 +11,7 @@ import typer
 from espalier.commands.adapters import Precision
 from espalier.commands.flags import mapping
 from espalier.commands.noise import aside
-from espalier.commands.screen import console, say
+from espalier.commands.screen import say, show
 from espalier.errors import SettingError
 
 EXAMPLE = """\
@@ -84,14 +84,15 @@ def command(
             max_length=max_length,
             batch=batch,
         )
-        kind = models.writing_task(models.load_config(model))
+        config = models.load_config(model)
+        kind = models.writing_task(config)
         if kind is None:
             raise SettingError(f"{model} writes no text; take a decoder such as demo-decoder.")
         named = mapping(columns) if columns else None
         data = read_task(train, test=test, columns=named, prefer=kind, seed=seed)
         tokenizer = models.load_tokenizer(model)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        half = models.precision_of(precision, device) == "bf16"
+        half = models.precision_of(precision, device, config) == "bf16"
         dtype = torch.bfloat16 if half else torch.float32
         base, _ = models.load_model(model, task_class(kind)(), tokenizer, dtype)
         models.to_device(base, device)
@@ -101,7 +102,7 @@ def command(
         return
     from rich.table import Table
 
-    table = Table(show_edge=False, pad_edge=False, title_justify="left", title_style="bold")
+    table = Table(show_edge=False, pad_edge=False)
     table.title = f"{model} with {found.shots:.3g} examples, {found.queries:,} queries"
     table.add_column("metric", style="cyan")
     table.add_column("with examples", justify="right")
@@ -114,7 +115,7 @@ def command(
     for name in ("flops", "seconds"):
         times = f"{cost[name + '_ratio']:.3g} times fewer" if found.bare else ""
         table.add_row(name + (" per query" if name == "flops" else ""), f"{cost[name]:.3g}", times)
-    console().print(table)
+    show(table)
     for count, what in ((found.fewer, "had fewer examples"), (found.cut, "lost their beginning")):
         if count:
             say(f"{count:,} of {found.queries:,} queries {what}: the length limit left no room.")

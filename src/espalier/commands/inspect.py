@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from espalier.commands.flags import method_settings
+from espalier.commands.flags import elsewhere, method_settings
 from espalier.commands.noise import aside
-from espalier.commands.screen import console, say
+from espalier.commands.screen import console, say, show
 from espalier.errors import CheckpointError, EspalierError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def command(
     words = list(ctx.args)
     folder = Path(what)
     if any((folder / inner / WEIGHTS).is_file() for inner in ("", "adapter")):
-        console().print(_card(folder))
+        show(_card(folder))
         return
     if sites is not None and (method is not None or words):
         words += ["--sites", sites]
@@ -57,17 +57,19 @@ def command(
         import espalier as esp
 
         # Settings that are wrong are said before the model is looked at.
-        recipe = esp.recipe(method_settings(words, method or "lora")) if method or words else None
+        at = elsewhere(ctx, "it looks at a model, reads no data and trains nothing")
+        asked = method_settings(words, method or "lora", at) if method or words else None
+        recipe = None if asked is None else esp.recipe(asked)
         model = skeleton(what)
         places = esp.sites(model)
         chosen = places.select(sites) if sites is not None else None
         plan = _plan(model, recipe) if recipe is not None else None
     if chosen is not None:
-        console().print(_matched(chosen, sites or ""))
+        show(_matched(chosen, sites or ""))
     elif plan is None:
         console().print(places)
     if plan is not None:
-        console().print(plan)
+        show(plan)
     if chosen is None and plan is None:
         say(f'Try a selector:  espalier inspect {what} --sites "attention.q, attention.v"')
 
@@ -99,7 +101,7 @@ def _matched(chosen: Any, selector: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    table = Table(box=box.SIMPLE_HEAD)
     table.title = f"{selector}: {len(chosen)} of {len(chosen.whole)} places"
     table.add_column("role", style="cyan", no_wrap=True)
     table.add_column("in → out", justify="right", no_wrap=True)
@@ -141,7 +143,7 @@ def _pairs(title: str, rows: list[tuple[str, str, str]]) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE, show_header=False, title_justify="left", title_style="bold")
+    table = Table(box=box.SIMPLE, show_header=False)
     table.title = title
     table.add_column("", style="cyan", no_wrap=True)
     table.add_column("", justify="right", no_wrap=True)
@@ -161,7 +163,7 @@ def _card(folder: Path) -> Table:
 
     card = read_card(folder)
     extras = card["extras"]
-    table = Table(box=box.SIMPLE, show_header=False, title_justify="left", title_style="bold")
+    table = Table(box=box.SIMPLE, show_header=False)
     table.title = f"Adapter in {folder}"
     table.add_column("", style="cyan", no_wrap=True)
     table.add_column("", overflow="fold")

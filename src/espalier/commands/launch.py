@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from espalier.commands import train
-from espalier.commands.flags import flag
 from espalier.commands.outcome import BUG, LAUNCHED, MISTAKE, STOPPED, Interrupted, fail
 from espalier.errors import SettingError
+from espalier.wording import flag
 
 EXAMPLE = """\
 espalier launch --model demo-encoder --train reviews.csv --method lora --num-processes 2

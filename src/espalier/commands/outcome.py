@@ -17,6 +17,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 from espalier.errors import EspalierError
+from espalier.wording import typed
 
 DONE, BUG, MISTAKE, STOPPED = 0, 1, 2, 130
 
@@ -57,7 +58,8 @@ def caught(debug: bool) -> Iterator[Ended]:
     ended = Ended()
     DEBUG.set(debug)
     try:
-        yield ended
+        with typed():
+            yield ended
     except Exception as error:
         ended.code = _explain(error)
         if debug or ended.code == BUG:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from espalier.commands.flags import method_settings
+from espalier.commands.flags import elsewhere, method_settings
 from espalier.commands.noise import aside
-from espalier.commands.screen import console, say
+from espalier.commands.screen import say, show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,6 +24,9 @@ SETTINGS: dict[str, Any] = {
     "context_settings": {"ignore_unknown_options": True, "allow_extra_args": True}
 }
 
+_WHY = (
+    "it reads no data and plans one step, whose size is given by --batch, --length and --accumulate"
+)
 _BAR = 24  # characters of the longest bar
 _TOLD = {
     "weights": "the base's tensors",
@@ -80,7 +83,7 @@ def command(
 
         found = plan(
             model,
-            method_settings(words, method),
+            method_settings(words, method, elsewhere(ctx, _WHY)),
             batch=batch,
             length=length,
             target_length=target_length,
@@ -98,7 +101,7 @@ def command(
     if as_json:
         say(json.dumps(found.to_json(), ensure_ascii=False))
         return
-    console().print(_parts(found))
+    show(_parts(found))
     say(*_cost(found))
     if found.memory is not None:
         _advise(found)
@@ -113,7 +116,7 @@ def _parts(found: Plan) -> Table:
     own = found.setup
     storage = f", base in {own.storage}" if own.storage else ""
     again = ", checkpointing" if own.checkpointing else ""
-    table = Table(box=box.SIMPLE, show_header=False, title_justify="left", title_style="bold")
+    table = Table(box=box.SIMPLE, show_header=False)
     table.title = (
         f"{own.recipe}: {own.task.name}, {own.batch} × {own.length} tokens, {own.precision}"
         f"{storage}{again}, {own.device.type}"

@@ -46,6 +46,7 @@ def command(
     columns: Annotated[
         str | None, typer.Option(help="Which column plays which part: text=review.")
     ] = None,
+    limit: Annotated[int | None, typer.Option(help="Rows at most, the first ones.", min=1)] = None,
     batch: Batch = 32,
     model: Base = None,
     precision: Precision = "auto",
@@ -59,6 +60,7 @@ def command(
     from espalier.tasks import Row
 
     rows = raw_rows(data) if data else [Row({TYPED: t}, "argument") for t in texts or ()]
+    rows = rows[:limit]
     at = opened(run, model, precision, quantize)
     with aside():
         from espalier.generation import predict

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 
 def console() -> Console:
@@ -23,6 +24,17 @@ def say(*lines: str) -> None:
     out = console()
     for line in lines:
         out.print(line, markup=False, soft_wrap=True)
+
+
+def show(table: Table) -> None:
+    """Print a table, its title on a line of its own: a narrow table would break it."""
+    from rich.text import Text
+
+    out = console()
+    if table.title:
+        out.print(Text(str(table.title), style="bold"), soft_wrap=True)
+    table.title = None
+    out.print(table)
 
 
 def whisper(*lines: str) -> None:

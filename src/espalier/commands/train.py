@@ -100,10 +100,15 @@ def kept(run: RunConfig, command: str = "espalier train") -> str:
         return "nothing was written."
     again = f"{command} --config {run.out / 'config.yaml'}"
     saved = state.latest(run.out)
+    when = f"every {run.save_every} steps" if run.save_every else "each epoch"
+    how = f"{when}, --save-every N for every N steps"
     if saved is None:
-        return f"no step was saved yet. Begin anew with\n  {again} --overwrite"
+        return (
+            f"nothing was kept, for no step was saved yet ({how}). "
+            f"Begin anew with\n  {again} --overwrite"
+        )
     return (
-        f"{saved.name.replace('-', ' ')} is the last that was saved (each epoch, or save_every), "
+        f"{saved.name.replace('-', ' ')} is the last that was saved ({how}), "
         f"in {run.out}. Go on from there with\n  {again} --resume"
     )
 

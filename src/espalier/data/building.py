@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from espalier.data.forms import Form
@@ -19,8 +19,9 @@ from espalier.tasks import (
 )
 from espalier.tasks.labels import column_cells, found_labels, label_name
 from espalier.tasks.multilabel import has_flags, label_list
-from espalier.tasks.rows import Row
+from espalier.tasks.rows import Row, as_number
 from espalier.tasks.tokens import word_list
+from espalier.wording import setting
 
 
 def build_task(
@@ -43,10 +44,13 @@ def build_task(
     """
     if (system or chat_template) and form.kind != "chat":
         raise SettingError(
-            f"system and chat_template are for conversations; these rows are read as {form}"
+            f"{setting('system')} and {setting('chat_template')} are for conversations; these "
+            f"rows are read as {form}"
         )
     if prefix and form.task not in ("seq2seq", "choices"):
-        raise SettingError(f"prefix is for seq2seq and choices; these rows are read as {form}")
+        raise SettingError(
+            f"{setting('prefix')} is for seq2seq and choices; these rows are read as {form}"
+        )
     if form.task == "causal":
         return Causal(form.columns, None, form.kind, form.separator, system, chat_template)
     if form.task == "regression":
@@ -71,6 +75,33 @@ def build_task(
     return Multilabel(form.columns, labels, indexed)
 
 
+def check_numbers(task: Task, rows: Iterable[Row], names: Mapping[str, Sequence[str]]) -> None:
+    """Refuse a class's number that is another class by the `names` of the rows' own source.
+
+    Raises:
+        DataError: there is one; says what it means here and what in training.
+    """
+    if not isinstance(task, Classification | Multilabel | Tokens) or not task.indexed:
+        return
+    column, trained = task.columns["tags" if task.name == "tokens" else "label"], task.labels or ()
+    own = _stated_names(column, names) if _is_named(column, names) else None
+    for row in rows if own is not None and tuple(own) != trained else ():
+        value = row.values.get(column)
+        for number in map(as_number, value if isinstance(value, list | tuple) else [value]):
+            at = int(number) if number is not None and number.is_integer() else -1
+            if own is not None and 0 <= at < min(len(own), len(trained)) and own[at] != trained[at]:
+                raise DataError(
+                    f"{row.where}: label {at} is {own[at]!r} by the label names of this data, and "
+                    f"{trained[at]!r} by those of training. Give names in place of numbers, or the "
+                    "labels.json of training"
+                )
+
+
+def _is_named(column: str, names: Mapping[str, Sequence[str]]) -> bool:
+    """Whether label names are those of this column; a list without a name may be another's."""
+    return column in names or column in ("label", "labels", "tags", "ner_tags")
+
+
 def _flag_names(column: str, count: int, names: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     """Names for the places of 0/1 flags: those stated if their number is right, else numbers."""
     stated = _stated_names(column, names)
@@ -90,9 +121,8 @@ def _class_names(
     stated = _stated_names(column, names)
     if stated is not None:
         listed = _distinct(stated)
-        if column in names or column in ("label", "labels", "tags", "ner_tags"):
+        if _is_named(column, names):
             return listed, True
-        # An unnamed list of labels may belong to another column than the one asked for.
         used = {label_name(value, row, column) for row, value in cells}
         if all(n in listed or (n.isdigit() and int(n) < len(listed)) for n in used):
             return listed, True

@@ -25,6 +25,7 @@ from espalier.data.forms import (
 )
 from espalier.errors import DataError, nearest
 from espalier.tasks.rows import Row, as_number, is_missing
+from espalier.wording import setting
 
 
 def recognise(
@@ -59,8 +60,8 @@ def recognise(
     if forms[0].kind == "text" and not wanted and aside:
         raise DataError(
             f"is this plain text to continue, or text with labels? Found {', '.join(found)}. "
-            f"Choose task='causal' for the text alone, or name the column of labels, for "
-            f"instance columns={{'label': {min(aside)!r}}}"
+            f"Choose {setting('task', 'causal')} for the text alone, or name the column of "
+            f"labels, for instance {setting('columns', {'label': min(aside)})}"
         )
     return forms[0]
 
@@ -83,9 +84,9 @@ def possible_forms(
 
 def _choices(found: Sequence[str], forms: Sequence[Form]) -> str:
     if len({f.task for f in forms}) > 1:
-        choices = "; or ".join(f"task={f.task!r}: {f}" for f in forms)
+        choices = "; or ".join(f"{setting('task', f.task)}: {f}" for f in forms)
         return f"the columns ({', '.join(found)}) allow more than one task; choose {choices}"
-    choices = "; or ".join(f"columns={dict(f.columns)}" for f in forms)
+    choices = "; or ".join(setting("columns", f.columns) for f in forms)
     return (
         f"the columns ({', '.join(found)}) can be read in more than one way for "
         f"{forms[0].task}; choose {choices}"
@@ -204,10 +205,10 @@ def _check_given(given: Mapping[str, str], found: Sequence[str]) -> None:
     known = sorted({name for names in CANONICAL.values() for name in names})
     for name, column in given.items():
         if name not in known:
-            raise DataError(f"columns: unknown name {name!r}: {nearest(name, known)}")
+            raise DataError(f"{setting('columns')}: unknown name {name!r}: {nearest(name, known)}")
         if column.split(".")[0] not in found:
             raise DataError(
-                f"columns: {name} = {column!r}, but there is no such column; found: "
+                f"{setting('columns', {name: column})}: there is no column {column!r}; found: "
                 f"{', '.join(found)} ({nearest(column, found)})"
             )
 
@@ -217,5 +218,5 @@ def _no_form(found: Sequence[str], task: str | None) -> str:
     return (
         f"no {task or 'known'} form fits the columns found: {', '.join(found) or 'none'}. "
         f"Needed: {wanted}. Name your own columns, for instance "
-        f"columns={{'text': {found[0] if found else 'review'!r}}}"
+        f"{setting('columns', {'text': found[0] if found else 'review'})}"
     )

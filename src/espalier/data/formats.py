@@ -16,6 +16,7 @@ from typing import Any
 
 from espalier.errors import DataError
 from espalier.tasks.rows import Row, kind
+from espalier.wording import setting
 
 csv.field_size_limit(2**31 - 1)
 
@@ -169,7 +170,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
 def read_text(path: Path, documents: str = "file") -> Iterator[Row]:
     """Paragraphs of plain text with the blank lines after them, so that none of it is lost."""
     if documents not in ("file", "paragraphs"):
-        raise DataError(f"documents={documents!r}: must be 'file' or 'paragraphs'")
+        raise DataError(f"{setting('documents', documents)}: must be 'file' or 'paragraphs'")
     text = decoded(path)
     line = 1
     parts = [part for part in re.split(r"(?<=\n)(?=[^\s])(?<=\n\n)", text) if part.strip()]

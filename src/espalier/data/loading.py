@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from espalier.data.building import build_task
+from espalier.data.building import build_task, check_numbers
 from espalier.data.columns import recognise
 from espalier.data.forms import Form
 from espalier.data.sources import SPLITS, Raw, Source, read_source
 from espalier.errors import DataError, SettingError
 from espalier.tasks import Causal, Row, Task, task_class
 from espalier.tasks.rows import is_missing
+from espalier.wording import setting
 
 
 @dataclass
@@ -56,7 +56,8 @@ def read_task(
             base; it also says which of both ranks choices.
         columns: your columns by the names the task gives them, `{"text": "review"}`.
         label_names: class names in the order of their numbers.
-        limit: rows per split to keep, chosen by `seed`.
+        limit: rows per split to keep, chosen by their inputs and `seed`: training keeps the same
+            ones whether validation is set aside from it or given, and a smaller limit some of them.
         validation_share: share of training rows set aside if there is no validation; 0: none.
         seed: decides which rows are set aside and kept.
         system: a system text for conversations that bring none.
@@ -71,12 +72,13 @@ def read_task(
     if task is not None:
         task_class(task)
     if not 0 <= validation_share < 1:
-        raise SettingError(f"validation_share={validation_share}: must be at least 0 and below 1")
+        share = setting("validation_share", validation_share)
+        raise SettingError(f"{share}: must be at least 0 and below 1")
     if limit is not None and limit < 1:
-        raise SettingError(f"limit={limit}: must be at least 1")
-    raw = _read_splits(train, {"validation": validation, "test": test}, documents)
+        raise SettingError(f"{setting('limit', limit)}: must be at least 1")
+    raw, others = _read_splits(train, {"validation": validation, "test": test}, documents)
     if label_names is not None:
-        raw.label_names = {"": list(label_names)}
+        raw.label_names, others = {"": list(label_names)}, {}
     form = recognise(raw.splits["train"], task, prefer, columns)
     made = build_task(
         form,
@@ -87,6 +89,8 @@ def read_task(
         prefix=prefix,
         writer=prefer,
     )
+    for name, names in others.items():
+        check_numbers(made, raw.splits[name], names)
     notes = [_said(form, made)]
     _leave_out_unlabelled(raw, form, notes, given={"validation": validation, "test": test})
     splits = {
@@ -99,15 +103,22 @@ def read_task(
     return TaskData(made, splits, tuple(notes))
 
 
-def _read_splits(train: Source, more: Mapping[str, Source | None], documents: str) -> Raw:
-    """Raw rows of the training source, and of further sources in place of its own splits."""
+def _read_splits(
+    train: Source, more: Mapping[str, Source | None], documents: str
+) -> tuple[Raw, dict[str, dict[str, list[str]]]]:
+    """Raw rows of the training source, and of further sources in place of its own splits.
+
+    The label names of the further sources come beside, by split.
+    """
+    names = {}
     raw = read_source(train, documents)
     if "train" not in raw.splits:
         raise DataError(f"{train}: there is no train split; found {', '.join(raw.splits)}")
     for name, source in more.items():
         if source is not None:
-            raw.splits[name] = _split_of(read_source(source, documents, name), name, source)
-    return raw
+            other = read_source(source, documents, name)
+            raw.splits[name], names[name] = _split_of(other, name, source), other.label_names
+    return raw, names
 
 
 def read_rows(
@@ -126,8 +137,11 @@ def read_rows(
     Raises:
         DataError: something cannot be read or used; names file and line.
     """
-    rows = _split_of(read_source(source, split=split), split, source)
+    raw = read_source(source, split=split)
+    rows = _split_of(raw, split, source)
     own = task_with_columns(task, rows, columns, labelled)
+    if labelled:
+        check_numbers(own, rows, raw.label_names)
     return [own.read(row, labelled) for row in rows[:limit]]
 
 
@@ -211,9 +225,11 @@ def _rank(key: str, seed: int) -> str:
 
 
 def _limited(task: Task, rows: list[Row], limit: int, seed: int) -> list[Row]:
+    """At most `limit` rows: those last set aside for validation, whether any were or not."""
     if len(rows) <= limit:
         return rows
     if isinstance(task, Causal) and task.form == "text":
         return rows[:limit]
-    kept = sorted(random.Random(seed).sample(range(len(rows)), limit))
-    return [rows[i] for i in kept]
+    keys = [_rank(task.key(row), seed) for row in rows]
+    kept = sorted(range(len(rows)), key=keys.__getitem__, reverse=True)[:limit]
+    return [rows[i] for i in sorted(kept)]

@@ -40,15 +40,17 @@ def render(report: Report) -> RenderableType:
 def _rows_table(report: Report) -> Table:
     from rich.table import Table
 
+    splits = list(report.splits.values())
+    tokenised = any(s.tokenised for s in splits)
     limit = f" (limit {report.max_length})" if report.max_length else ""
-    table = Table("", *report.splits, caption=f"tokens before cutting{limit}")
+    caption = f"tokens before cutting{limit}" if tokenised else None
+    table = Table("", *report.splits, caption=caption)
     table.columns[0].style = "bold"
     for column in table.columns[1:]:
         column.justify = "right"
-    splits = list(report.splits.values())
     table.add_row("rows", *(f"{s.rows:,}" for s in splits))
     table.add_row("characters: median · 95 % · longest", *(_lengths(s.chars) for s in splits))
-    if any(s.tokenised for s in splits):
+    if tokenised:
         if any(s.tokenised < s.rows for s in splits):
             table.add_row("rows tokenised, a sample", *(f"{s.tokenised:,}" for s in splits))
         table.add_row("tokens: median · 95 % · longest", *(_lengths(s.tokens) for s in splits))

@@ -96,7 +96,7 @@ def served(seat: Seat, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Served 
 
 
 def _found(seat: Seat) -> Served | None:
-    live = [(d, w) for name, w in seat.graft.live for d in seat.deltas.get(name, ())]
+    live = seat.acting(seat.graft.live)
     fine = plain(seat) and all(adds_a_product(d) and side_by_side(d) for d, _ in live)
     return Served(seat, live) if live and fine else None
 

@@ -180,7 +180,7 @@ def _stack(seat: Seat, lives: tuple[Live, ...]) -> Stack:
 def _joined(seat: Seat, live: Live) -> tuple[Tensor, Tensor]:
     """All factors of one choice at a seat, side by side: (R, D_in), and scaled (R, D_out)."""
     downs, ups = [], []
-    for delta, weight in ((d, w) for name, w in live for d in seat.deltas.get(name, ())):
+    for delta, weight in seat.acting(live):
         a, b, scale = product(delta)[:3]
         up, rows = b.t() * (scale * weight), delta.site.rows
         if rows is not None:

@@ -111,14 +111,15 @@ class Head:
         if not (x.requires_grad or trained):
             return None
         device = x.device.type
-        kind = x.dtype, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        cast = hosts.autocast_type(device)
+        kind = x.dtype, cast
         if kind not in self._known:
             self._known[kind] = self._trial(run, x, trained)
         known = self._known[kind]
         if known is None:
             return None
         weight = None
-        plain = not live and not trained and not torch.is_autocast_enabled(device)
+        plain = not live and not trained and cast is None
         if plain and hosts.multiplies(self.seat.host, x):
             dense, bias = hosts.operands(self.seat.host, x.dtype)
             weight = (dense, bias) if isinstance(dense, Tensor) else None
@@ -144,8 +145,7 @@ class Head:
     def _acting(self) -> list[tuple[Delta, float]]:
         """The live deltas here and their weights."""
         assert self.seat is not None
-        deltas = self.seat.deltas
-        return [(d, weight) for name, weight in self.graft.live for d in deltas.get(name, ())]
+        return self.seat.acting(self.graft.live)
 
     def _copies(self) -> list[Delta]:
         """The live trained copies that stand in for the head's own parameters."""
@@ -181,10 +181,8 @@ class _Pass:
     ) -> None:
         self.head, self.inner, self.trains = head, run, bool(trained)
         self.state = head.state(self.trains)
-        autocast = torch.is_autocast_enabled(device)
-        self.autocast = partial(
-            torch.autocast, device, torch.get_autocast_dtype(device), enabled=autocast
-        )
+        cast = hosts.autocast_type(device)
+        self.autocast = partial(torch.autocast, device, cast, enabled=cast is not None)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         if self.head.state(self.trains) != self.state:

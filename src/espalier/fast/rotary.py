@@ -72,11 +72,18 @@ def _twin(forward: Callable[..., Any]) -> Callable[..., Any] | None:
 def _rewrapped(wrapper: FunctionType, inner: Callable[..., Any]) -> Callable[..., Any] | None:
     """A decorator's wrapper (as of arguments' old names) around the twin of what it wraps."""
     twin, cells = _twin(inner), wrapper.__closure__ or ()
-    held = [cell for cell in cells if cell.cell_contents is inner]
+    held = [cell for cell in cells if _holds(cell, inner)]
     if twin is None or len(held) != 1:
         return None
     closure = tuple(CellType(twin) if cell is held[0] else cell for cell in cells)
     return _like(wrapper, wrapper.__globals__, closure)
+
+
+def _holds(cell: CellType, value: object) -> bool:
+    try:
+        return cell.cell_contents is value
+    except ValueError:  # a name of the enclosing function that is not bound yet, or no more
+        return False
 
 
 def _like(function: FunctionType, scope: dict[str, Any], closure: Any) -> FunctionType:

@@ -18,6 +18,7 @@ from espalier.planning.setup import Setup, of_model, of_name, of_run
 from espalier.training.config import RunConfig
 from espalier.training.memory import in_words
 from espalier.verbs import only_active
+from espalier.wording import setting
 
 if TYPE_CHECKING:
     from espalier.recipes import Recipe
@@ -95,11 +96,12 @@ def settle(
         batch = broadcast_object_list([batch])[0]
     if batch is None:
         told = shortage(setup, memory, rehearsal)
-        raise SettingError(f"batch: auto finds no room for one example of {longest} tokens. {told}")
+        none = f"{setting('batch', 'auto')} finds no room for one example of {longest} tokens."
+        raise SettingError(f"{none} {told}")
     accumulate = setup.batch // batch
     said = (
-        f"batch: auto is {batch} with accumulate: {accumulate}, for {in_words(memory)} of memory "
-        f"and up to {longest} tokens per example"
+        f"{setting('batch', 'auto')} is {batch} with {setting('accumulate', accumulate)}, for "
+        f"{in_words(memory)} of memory and up to {longest} tokens per example"
     )
     return config.replace(batch=batch, accumulate=accumulate), said
 

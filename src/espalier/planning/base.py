@@ -15,6 +15,7 @@ from espalier.places import sites
 from espalier.quantised import quantisable, settle
 from espalier.storage import BLOCK, BLOCKS, Storage, library
 from espalier.training import models
+from espalier.wording import setting
 
 if TYPE_CHECKING:
     from espalier.tasks import Task
@@ -79,7 +80,7 @@ def shaped(model: nn.Module, dtype: torch.dtype, storage: Storage | None) -> nn.
         try:
             paths = quantisable(model, sites(model))
         except EspalierError as error:
-            raise SettingError(f"quantize: {storage.kind}, but {error}") from None
+            raise SettingError(f"{setting('quantize', storage.kind)}, but {error}") from None
         for path in paths:
             model.set_submodule(path, _packed(model.get_submodule(path), storage, dtype))
         settle(model, dtype)

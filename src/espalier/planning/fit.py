@@ -13,6 +13,7 @@ from espalier.planning.rehearsal import Rehearsal
 from espalier.planning.setup import Setup
 from espalier.recipes import Recipe, recipe
 from espalier.storage import Storage
+from espalier.wording import setting
 
 if TYPE_CHECKING:
     from espalier.planning.estimate import Plan
@@ -207,19 +208,20 @@ _CHANGES: tuple[Change, ...] = (
 
 
 def _batch_words(setup: Setup) -> str:
-    return f"batch: {setup.batch} with accumulate: {setup.accumulate} (the same step)"
+    batch, accumulate = setting("batch", setup.batch), setting("accumulate", setup.accumulate)
+    return f"{batch} with {accumulate} (the same step)"
 
 
 def _difference(old: Setup, new: Setup) -> str:
     if new.optimizer != old.optimizer:
-        return f"optimizer: {new.optimizer}"
+        return setting("optimizer", new.optimizer)
     if new.checkpointing != old.checkpointing:
-        return "checkpointing: true (about 1/3 slower)"
+        return f"{setting('checkpointing', True)} (about 1/3 slower)"
     if new.storage != old.storage:
-        return "quantize: nf4 (the base in 4 bits)"
+        return f"{setting('quantize', 'nf4')} (the base in 4 bits)"
     if new.length != old.length:
-        return f"max_length: {new.length} (data is cut)"
-    return f"method: {new.recipe}"
+        return f"{setting('max_length', new.length)} (data is cut)"
+    return setting("method", str(new.recipe))
 
 
 def flags(setup: Setup) -> list[str]:

@@ -52,7 +52,8 @@ def _bits(at: Adapted, task: Any, rows: list[dict[str, str]]) -> float:
 
     read = [task.read(Row(row, f"row {i}")) for i, row in enumerate(rows, 1)]
     examples = task.encode(read, at.tokenizer, CONTEXT)
-    return evaluate(at.model, task, at.tokenizer, examples, 16, Accelerator())["bits_per_character"]
+    found = evaluate(at.model, task, at.tokenizer, examples, 16, Accelerator())
+    return found.metrics["bits_per_character"]
 
 
 def held_out_source(chars: int) -> str:

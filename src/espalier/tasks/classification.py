@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 
 from espalier.tasks.encoding import encode_texts, pad_inputs
-from espalier.tasks.labels import class_settings, label_id
+from espalier.tasks.labels import class_settings, label_id, one_answer
 from espalier.tasks.metrics import classification_scores
 from espalier.tasks.rows import Row, cell, text_cell
 from espalier.tasks.task import Example, Piece, Task
@@ -91,6 +91,11 @@ class Classification(Task):
         return classification_scores(
             [p.id for p in predictions], references, len(self.labels or ())
         )
+
+    def doubt(self, predictions: Sequence[Guess], references: Sequence[int]) -> str | None:
+        """See `Task.doubt`: all rows get one class."""
+        names = self.labels or ()
+        return one_answer(map(self.decode, predictions), (names[at] for at in references))
 
     def decode(self, prediction: Guess) -> str:
         """The class's name."""

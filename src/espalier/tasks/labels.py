@@ -6,6 +6,7 @@ in the data are sorted (as numbers where all are whole numbers).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -32,6 +33,19 @@ def label_name(value: Any, row: Row, column: str) -> str:
     raise DataError(
         f"{row.where}: column {column!r} holds {kind(value)} {shown(value)}, "
         "need the name or the number of a class"
+    )
+
+
+def one_answer(guessed: Iterable[str], right: Iterable[str], of: str = "rows") -> str | None:
+    """A sentence where all guesses are one class, though the right answers are not; else None."""
+    given = Counter(guessed)
+    if len(given) != 1 or len(set(right)) < 2:
+        return None
+    ((name, count),) = given.items()
+    return (
+        f"The model answers with one class, {name!r}, for all {count:,} {of}: the accuracy is that "
+        "class's share. Try more steps, another learning rate, or rows in which the classes are "
+        "more even."
     )
 
 
@@ -86,7 +100,7 @@ def label_id(value: Any, row: Row, column: str, labels: Sequence[str], indexed: 
         f"{row.where}: label {name!r} in column {column!r} is unknown{unlabelled}: "
         f"training has {len(labels)} labels: {known}"
         + (f"; {hint}" if hint.startswith("did") else "")
-        + ". Correct the row, leave it out, or give label_names with every class"
+        + ". Correct the row, leave it out, or name every class in the labels.json of training"
     )
 
 

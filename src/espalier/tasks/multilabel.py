@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from espalier.errors import DataError
 from espalier.tasks.classification import collate_rows, encode_rows, read_texts, texts_key
-from espalier.tasks.labels import class_settings, label_id
+from espalier.tasks.labels import class_settings, label_id, one_answer
 from espalier.tasks.metrics import multilabel_scores
 from espalier.tasks.rows import Row, cell, is_missing, kind, shown
 from espalier.tasks.task import Example, Piece, Task
@@ -105,6 +105,16 @@ class Multilabel(Task):
     ) -> dict[str, float]:
         """f1_micro, f1_macro, accuracy (the whole set right)."""
         return multilabel_scores(predictions, references, len(self.labels or ()))
+
+    def doubt(
+        self, predictions: Sequence[list[int]], references: Sequence[list[int]]
+    ) -> str | None:
+        """See `Task.doubt`: all rows get the same classes."""
+        given, right = (
+            (", ".join(self.decode(ids)) or "(none)" for ids in some)
+            for some in (predictions, references)
+        )
+        return one_answer(given, right)
 
     def decode(self, prediction: list[int]) -> list[str]:
         """The classes' names."""

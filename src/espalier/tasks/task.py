@@ -98,6 +98,10 @@ class Task(ABC):
     def score(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
         """The task's metrics over all predictions."""
 
+    def doubt(self, predictions: Sequence[Any], references: Sequence[Any]) -> str | None:
+        """A sentence where the predictions are of no use, whatever the metrics say; else None."""
+        return None
+
     @abstractmethod
     def decode(self, prediction: Any) -> Any:
         """What a person reads: a label's name, a number, a list of tags."""

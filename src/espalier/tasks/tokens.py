@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from espalier.errors import DataError
 from espalier.tasks.encoding import length_limit, pad_inputs, pad_labels
-from espalier.tasks.labels import class_settings, label_id
+from espalier.tasks.labels import class_settings, label_id, one_answer
 from espalier.tasks.rows import Row, cell, is_missing, kind
 from espalier.tasks.spans import entity_scores
 from espalier.tasks.task import IGNORED, Example, Piece, Task
@@ -136,6 +137,13 @@ class Tokens(Task):
         return entity_scores(
             [self.decode(p) for p in predictions], [self.decode(r) for r in references]
         )
+
+    def doubt(
+        self, predictions: Sequence[list[int]], references: Sequence[list[int]]
+    ) -> str | None:
+        """See `Task.doubt`: all words get one tag."""
+        given, right = (chain(*map(self.decode, some)) for some in (predictions, references))
+        return one_answer(given, right, "words")
 
     def decode(self, prediction: list[int]) -> list[str]:
         """The tags' names."""

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from espalier.errors import nearest
+from espalier.wording import setting
 
 _KEYS: dict[str, str] = {
     "model": "model_name_or_path base_model model_name model_id pretrained_model_name_or_path "
@@ -110,7 +111,7 @@ def _sentence(key: str, error: Mapping[str, Any], description: str) -> str:
         "less_than": ("must be less than", "lt"),
         "less_than_equal": ("must be at most", "le"),
     }
-    kind = error["type"]
+    kind, key = error["type"], setting(key)
     if kind == "missing":
         return f"{key} is missing: {description}"
     if kind in bounds:
@@ -140,7 +141,8 @@ def sentences(errors: Iterable[Mapping[str, Any]], descriptions: Mapping[str, st
         if group[0]["type"] == "extra_forbidden":
             out.append(unknown_key(key, descriptions))
         elif len(group) > 1:
-            out.append(f"{key} does not take {group[0].get('input')!r}: {descriptions[key]}")
+            got = group[0].get("input")
+            out.append(f"{setting(key)} does not take {got!r}: {descriptions[key]}")
         else:
             out.append(_sentence(key, group[0], descriptions.get(key, "")))
     return out

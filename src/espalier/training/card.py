@@ -73,8 +73,8 @@ def commands(task: Task, row: Row, folder: Path, merges: bool) -> list[str]:
     elif set(values) <= {"text", "label"} and "text" in values:
         use = f"espalier predict {run} {_quoted(values['text'])}"
     else:
-        given = {key: value for key, value in values.items() if key not in _ANSWERS}
-        row_text = shlex.quote(json.dumps(given, ensure_ascii=False))
+        own = {task.columns.get(key, key): v for key, v in values.items() if key not in _ANSWERS}
+        row_text = shlex.quote(json.dumps(own, ensure_ascii=False))
         use = f"echo {row_text} | espalier predict {run} --data -"
     merge = [f"espalier merge {run} --out merged"] if merges else []
     return [use, f"espalier eval {run}", *merge]

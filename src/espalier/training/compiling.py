@@ -23,6 +23,7 @@ from torch import nn
 from espalier.errors import SettingError
 from espalier.graft import find
 from espalier.modules import base_modules
+from espalier.wording import setting
 
 How = Literal["none", "layers", "model"]
 BACKEND: str | Callable[..., Any] = "inductor"
@@ -78,8 +79,8 @@ def _parts(model: nn.Module, how: How) -> list[nn.Module]:
     parts = blocks(model) if how == "layers" else [model]
     if not parts:
         raise SettingError(
-            f"compile: layers finds no repeated block in {type(model).__name__}. "
-            "Use compile: model, or none."
+            f"{setting('compile', 'layers')} finds no repeated block in {type(model).__name__}. "
+            f"Use {setting('compile', 'model')}, or none."
         )
     return parts
 
@@ -94,8 +95,8 @@ def _check_compiler(device: torch.device) -> None:
         get_cpp_compiler()
     except (InvalidCxxCompiler, RuntimeError):
         raise SettingError(
-            "compile: no C++ compiler is found, which torch.compile needs on a CPU. Install g++ "
-            "or clang, or set compile: none."
+            f"{setting('compile')}: no C++ compiler is found, which torch.compile needs on a CPU. "
+            f"Install g++ or clang, or write {setting('compile', 'none')}."
         ) from None
 
 
@@ -106,10 +107,10 @@ def _trace(parts: Sequence[nn.Module], how: How, run: Callable[[], object]) -> N
             part.compile(backend="eager", fullgraph=True, dynamic=True)
         run()
     except _failures() as e:
-        other = " compile: layers may do." if how == "model" else ""
+        other = f" {setting('compile', 'layers')} may do." if how == "model" else ""
         raise SettingError(
-            f"compile: {how} does not suit this model with this method: {_reason(e)}.{other} "
-            "Set compile: none."
+            f"{setting('compile', how)} does not suit this model with this method: {_reason(e)}."
+            f"{other} Write {setting('compile', 'none')}."
         ) from e
     finally:
         _plain(parts)

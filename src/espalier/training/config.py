@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from espalier.errors import SettingError
 from espalier.training.aliases import sentences
+from espalier.wording import setting
 
 if TYPE_CHECKING:
     from espalier.storage import Storage
@@ -62,7 +63,12 @@ class RunConfig(BaseModel):
     columns: dict[str, str] | None = Field(
         None, description="Which column plays which part, like {text: review, label: stars}."
     )
-    limit: int | None = Field(None, ge=1, description="Use at most this many rows of each split.")
+    limit: int | None = Field(
+        None,
+        ge=1,
+        description="Use at most this many rows of each split, chosen by seed: of train the same "
+        "ones whether validation data is given or set aside.",
+    )
     validation_share: float = Field(
         0.1, ge=0, lt=1, description="Share of train held out when no validation data is given."
     )
@@ -185,7 +191,9 @@ class RunConfig(BaseModel):
         None, ge=1, description="Stop after this many evaluations without a better result."
     )
     keep: Literal["best", "last"] = Field(
-        "best", description="Adapter kept: the best on validation data, or the last."
+        "best",
+        description="Adapter kept: the best on validation data (by the task's metric, among equals "
+        "by loss), or the last.",
     )
     generate: bool = Field(
         False, description="Also generate in the last evaluation: exact match, BLEU and ROUGE-L."
@@ -215,42 +223,58 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _agree(self) -> RunConfig:
         if isinstance(self.threads, int) and self.threads < 1:
-            raise ValueError(f"threads must be at least 1 or auto; got {self.threads}.")
+            raise ValueError(
+                f"{setting('threads')} must be at least 1 or auto; got {self.threads}."
+            )
         if isinstance(self.batch, int) and self.batch < 1:
-            raise ValueError(f"batch must be at least 1 or auto; got {self.batch}.")
+            raise ValueError(f"{setting('batch')} must be at least 1 or auto; got {self.batch}.")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(
-                f"warmup is a share below 1 or a whole number of steps; got {self.warmup:g}."
+                f"{setting('warmup')} is a share below 1 or a whole number of steps; got "
+                f"{self.warmup:g}."
             )
         if self.steps is not None and self.warmup >= max(1, self.steps):
             raise ValueError(
-                f"warmup takes {self.warmup:g} steps but the run has only {self.steps}."
+                f"{setting('warmup')} takes {self.warmup:g} steps but the run has only "
+                f"{self.steps}."
             )
         if self.trunk_folder and self.trunk_cache != "disk":
             raise ValueError(
-                f"trunk_folder is for trunk_cache: disk; trunk_cache is {self.trunk_cache}."
+                f"{setting('trunk_folder')} is for {setting('trunk_cache', 'disk')}; now it is "
+                f"{self.trunk_cache}."
             )
         if self.compile != "none" and self.trunk_cache != "none":
             raise ValueError(
-                f"compile: {self.compile} and trunk_cache: {self.trunk_cache}: choose one; the "
-                "cached blocks do not run, and what is left is short."
+                f"{setting('compile', self.compile)} and "
+                f"{setting('trunk_cache', self.trunk_cache)}: choose one; the cached blocks do not "
+                "run, and what is left is short."
             )
         if self.sharding != "none":
             _check_sharding(self)
         if self.patience and not self.validation and self.validation_share == 0:
             raise ValueError(
-                "patience needs validation data: give validation or a validation_share above 0."
+                f"{setting('patience')} needs validation data: give {setting('validation')} or a "
+                f"{setting('validation_share')} above 0."
             )
         if self.batching == "pack" and self.task not in (None, "causal"):
-            raise ValueError(f"batching: pack is for causal language models; task is {self.task}.")
+            pack = setting("batching", "pack")
+            raise ValueError(f"{pack} is for causal language models; the task is {self.task}.")
         if self.generate and self.task not in (None, "causal", "seq2seq"):
-            raise ValueError(f"generate is for the tasks causal and seq2seq; task is {self.task}.")
+            what = f"{setting('generate')} is for the tasks causal and seq2seq"
+            raise ValueError(f"{what}; the task is {self.task}.")
         if self.resume and self.overwrite:
-            raise ValueError("resume goes on with a run and overwrite discards it: choose one.")
+            raise ValueError(
+                f"{setting('resume')} goes on with a run and {setting('overwrite')} discards it: "
+                "choose one."
+            )
         if self.resume and self.out is None:
-            raise ValueError("resume needs out: the folder of the run to go on with.")
+            need = f"{setting('resume')} needs {setting('out')}"
+            raise ValueError(f"{need}: the folder of the run to go on with.")
         if self.resume and self.dry_run:
-            raise ValueError("dry_run starts nothing that resume could go on with: choose one.")
+            raise ValueError(
+                f"{setting('dry_run')} starts nothing that {setting('resume')} could go on with: "
+                "choose one."
+            )
         return self
 
     @property
@@ -303,25 +327,27 @@ class RunConfig(BaseModel):
 
 
 def _check_sharding(config: RunConfig) -> None:
-    what = f"sharding: {config.sharding}"
+    what = setting("sharding", config.sharding)
     if config.quantize:
         raise ValueError(
-            f"{what} spreads weights in full precision, and quantize: {config.quantize} packs them "
-            "with scales that no shard keeps: choose one (70 billion numbers in nf4 take 36 GB)."
+            f"{what} spreads weights in full precision, and "
+            f"{setting('quantize', config.quantize)} packs them with scales that no shard keeps: "
+            "choose one (70 billion numbers in nf4 take 36 GB)."
         )
     other = {"trunk_cache": config.trunk_cache, "compile": config.compile}
     for name, value in {**other, "offload": config.offload}.items():
         if value != "none":
             raise ValueError(
-                f"{what} gathers and frees each block as it runs, which {name}: {value} does not "
-                "follow: choose one."
+                f"{what} gathers and frees each block as it runs, which {setting(name, value)} "
+                "does not follow: choose one."
             )
     if config.batch == "auto":
-        raise ValueError(f"batch: auto reckons with a whole base, {what} cuts it: give a number.")
+        auto = setting("batch", "auto")
+        raise ValueError(f"{auto} reckons with a whole base, {what} cuts it: give a number.")
     if config.generate and config.task == "seq2seq":
         raise ValueError(
-            f"generate calls the encoder alone, which {what} does not allow: leave it out, and "
-            "write with the trained adapter in one process (`espalier generate`)."
+            f"{setting('generate')} calls the encoder alone, which {what} does not allow: leave it "
+            "out, and write with the trained adapter in one process (`espalier generate`)."
         )
 
 

@@ -39,6 +39,7 @@ from espalier.training.record import Record
 from espalier.training.result import RunResult
 from espalier.training.trunk_cache import trunk_cache
 from espalier.verbs import attach, detach, only_active
+from espalier.wording import setting
 
 if TYPE_CHECKING:
     from espalier.data.separation import Separation
@@ -101,13 +102,13 @@ def _train(at: Material, name: str, parts: Recipe) -> RunResult:
         if finish.settle(at.model, name, at.out.main_folder):  # what training settled counts now
             served = dataclasses.asdict(account(model, name))
             counted |= {key: served[key] for key in ("changed", "rank", "kept", "bytes")}
-        metrics = finish.measure(at, loop)
+        metrics, doubt = finish.measure(at, loop)
     model.eval()
     if at.out.main_folder:
         finish.keep(at, loop, name, parts, metrics, counted)
     at.out.accelerator.wait_for_everyone()
     loop.job.record.close()
-    return _result(at, loop, metrics, counted)
+    return _result(at, loop, metrics, doubt, counted)
 
 
 def _needed(at: Material, parts: Recipe, longest: int) -> str:
@@ -180,8 +181,8 @@ def _say_plan(at: Material, loop: Loop, parts: Recipe, counted: Mapping[str, Any
 def _check_packing(at: Material, words: int) -> None:
     if at.config.batching == "pack" and words:
         raise SettingError(
-            "batching: pack does not suit this model: the words of a prompt would stand before "
-            "the first of several texts alone. Use bucket."
+            f"{setting('batching', 'pack')} does not suit this model: the words of a prompt would "
+            "stand before the first of several texts alone. Use bucket."
         )
 
 
@@ -193,7 +194,8 @@ def _separation(at: Material, longest: int) -> Separation | None:
 
     found = separation(at.model, longest, whole_graphs=at.config.compile != "none")
     if isinstance(found, str):
-        raise SettingError(f"batching: pack does not suit this model: {found}. Use bucket.")
+        pack = setting("batching", "pack")
+        raise SettingError(f"{pack} does not suit this model: {found}. Use bucket.")
     return found
 
 
@@ -220,27 +222,30 @@ def _trial(at: Material, loop: Loop, counted: dict[str, Any]) -> RunResult:
     at.out.screen.say(
         f"One step on the largest batch: loss {loss:.4f}, "
         f"{in_words(used(at.device))} in use. "
-        "Nothing was written; leave dry_run out to train."
+        f"Nothing was written; leave {setting('dry_run')} out to train."
     )
     seconds = time.perf_counter() - at.out.started
-    return RunResult(None, {"train": {"loss": loss}}, {}, [], seconds, counted, 0)
+    metrics, by = {"train": {"loss": loss}}, at.data.task.best[0]
+    return RunResult(None, metrics, {}, by, None, [], seconds, counted, 0)
 
 
 def _result(
     at: Material,
     loop: Loop,
     metrics: finish.Metrics,
+    doubt: str | None,
     counted: dict[str, Any],
 ) -> RunResult:
     seconds = time.perf_counter() - at.out.started
     best = {"step": float(loop.at.best_step), **loop.at.best} if loop.at.best else {}
-    lines = loop.job.record.lines
-    result = RunResult(at.out.folder, metrics, best, lines, seconds, counted, loop.at.step)
+    lines, by = loop.job.record.lines, at.data.task.best[0]
+    found = (at.out.folder, metrics, best, by, doubt, lines)
+    result = RunResult(*found, seconds, counted, loop.at.step)
     if at.out.main_folder:
         result.write(at.out.main_folder)
         shutil.rmtree(at.out.main_folder / "state", ignore_errors=True)
     if at.out.accelerator.is_main_process:
-        report.end(at.out.screen, result, at.data)
+        report.end(at.out.screen, result, at.data, at.config.keep)
     return result
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from espalier.tasks import Task
+
+
+class Measured(NamedTuple):
+    """Loss and metrics, and a sentence where the answers are of no use whatever these say."""
+
+    metrics: dict[str, float]
+    doubt: str | None
 
 
 def targets(batch: Mapping[str, Tensor], causal: bool) -> int:
@@ -75,7 +82,7 @@ def evaluate(
     accelerator: Accelerator,
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     giving: Callable[[Sequence[int]], contextlib.AbstractContextManager[None]] = _nothing,
-) -> dict[str, float]:
+) -> Measured:
     """Loss (mean over targets) and the task's metrics; the same numbers in every process.
 
     A pass over the examples of some indices runs within `giving(indices)`.
@@ -107,4 +114,5 @@ def evaluate(
     mean = sum(loss * count for loss, count, _, _ in found) / max(1, total)
     predictions = [p for _, _, some, _ in found for p in some]
     references = [r for _, _, _, some in found for r in some]
-    return {"loss": mean, **task.score(predictions, references)}
+    metrics = {"loss": mean, **task.score(predictions, references)}
+    return Measured(metrics, task.doubt(predictions, references))

@@ -17,6 +17,7 @@ from espalier.fast.nf4 import quick
 from espalier.places import Sites, sites
 from espalier.quantised import quantisable, settle
 from espalier.storage import Footprint, Storage, footprint, library
+from espalier.wording import setting
 
 
 def expected(
@@ -32,8 +33,8 @@ def expected(
     config = AutoConfig.from_pretrained(name, **settings)
     if getattr(config, "quantization_config", None):
         raise SettingError(
-            f"quantize: {storage.kind}, but {name} is stored quantised already; it is loaded as it "
-            "is when quantize is left out."
+            f"{setting('quantize', storage.kind)}, but {name} is stored quantised already; it is "
+            "loaded as it is when that is left out."
         )
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         model = auto.from_config(config)
@@ -41,7 +42,7 @@ def expected(
     try:
         return model, places, quantisable(model, places)
     except SiteError as error:
-        raise SettingError(f"quantize: {storage.kind}, but {error}.") from None
+        raise SettingError(f"{setting('quantize', storage.kind)}, but {error}.") from None
 
 
 def arithmetic(
@@ -58,7 +59,7 @@ def keywords(
     """Keywords with which transformers' `from_pretrained` quantises what `quantize` would."""
     from transformers import BitsAndBytesConfig
 
-    library(f"quantize: {storage.kind}")
+    library(setting("quantize", storage.kind))
     model, _, paths = expected(auto, name, settings, storage)
     chosen = set(paths)
     left = [

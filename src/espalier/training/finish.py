@@ -42,23 +42,23 @@ def settle(
     return to_plain(model, name)
 
 
-def measure(at: Material, loop: Loop) -> Metrics:
-    """Metrics by split of the adapter that is kept."""
+def measure(at: Material, loop: Loop) -> tuple[Metrics, str | None]:
+    """Metrics by split of the adapter that is kept, and what makes them doubtful."""
     lines = [line for line in loop.job.record.lines if line["kind"] == "train"]
     recent = [line["loss"] for line in lines[-loop.per_epoch :]]
-    step, validation = loop.kept
+    step, (validation, doubt) = loop.kept
     metrics = {"train": {"loss": sum(recent) / max(1, len(recent))}}
     if validation:
         metrics["validation"] = dict(validation)
     if "test" in at.encoded.examples:
-        metrics["test"] = loop.evaluate(at.encoded.examples["test"])
+        metrics["test"], doubt = loop.evaluate(at.encoded.examples["test"])
         loop.job.record.add("test", step=step, **metrics["test"])
     if at.config.generate:
         split = next(s for s in ("test", "validation", "train") if s in at.data.splits)
         written = _write(at, split)
         loop.job.record.add("generation", step=step, **written)
         metrics[split] = metrics.get(split, {}) | written
-    return metrics
+    return metrics, doubt
 
 
 def _write(at: Material, split: str) -> dict[str, float]:
@@ -90,6 +90,7 @@ def keep(
     assert at.out.folder is not None
     folder, task, config = at.out.folder, at.data.task, at.config
     extras = {**task.extras(at.tokenizer), "max_length": config.max_length}
+    extras["precision"] = at.precision
     if task.writes:
         extras["generation"] = {"max_new_tokens": config.max_new_tokens, "do_sample": False}
     save(at.model, name, folder / "adapter", extras=extras)

@@ -19,6 +19,7 @@ from espalier.container import write_text
 from espalier.errors import CheckpointError, SettingError
 from espalier.training.config import RunConfig
 from espalier.training.memory import in_words
+from espalier.wording import setting
 
 AS_TRAINED = "adapter-as-trained"  # with what only training needed, to train on from
 _LEAST = 20_000_000  # bytes: less than this is not worth starting with
@@ -58,18 +59,22 @@ def check(path: Path, config: RunConfig) -> None:
         CheckpointError: it cannot be written, or the disk is nearly full.
     """
     if path.exists() and not path.is_dir():
-        raise CheckpointError(f"The run folder {path} is a file; choose another out.")
+        raise CheckpointError(f"The run folder {path} is a file; choose another {setting('out')}.")
     filled = path.is_dir() and any(path.iterdir())
     ours = (path / "config.yaml").is_file() and (path / "metrics.jsonl").is_file()
     if config.resume and not ours:
         raise SettingError(f"There is no run to resume in {path}.")
     if filled and not (config.resume or config.overwrite):
         raise SettingError(
-            f"The run folder {path} is not empty. Choose another out, or go on with the run "
-            "in it (resume: --resume), or replace it (overwrite: --overwrite)."
+            f"The run folder {path} is not empty. Choose another {setting('out')}, or go on with "
+            f"the run in it ({setting('resume', True)}), or replace it "
+            f"({setting('overwrite', True)})."
         )
     if filled and config.overwrite and not ours:
-        raise SettingError(f"overwrite: {path} holds something that is no run; choose another out.")
+        raise SettingError(
+            f"{setting('overwrite', True)}: {path} holds something that is no run; choose another "
+            f"{setting('out')}."
+        )
     _check_writable(path)
     check_space(path, _LEAST)
 
@@ -80,7 +85,7 @@ def check_space(path: Path, needed: float) -> None:
     if free < needed:
         raise CheckpointError(
             f"The run needs about {in_words(needed)} in {path}, and {in_words(free)} are free. "
-            "Free some space or choose an out on another disk."
+            f"Free some space or choose an {setting('out')} on another disk."
         )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from espalier.errors import TrainingError
 from espalier.training.evaluate import inputs
 from espalier.verbs import dead_sites
+from espalier.wording import setting
 
 if TYPE_CHECKING:
     from espalier.training.job import Job
@@ -52,8 +53,8 @@ class Places:
         found += ", ".join(names[:8]) + more + "."
         if norm == 0 or not self.job.recipe.trains_base:
             raise TrainingError(
-                f"{found} They would never learn. Leave them out with sites=, or check that the "
-                "model uses them."
+                f"{found} They would never learn. Leave them out with {setting('sites')}, or "
+                "check that the model uses them."
             )
         self.job.screen.say(found)
 
@@ -70,7 +71,8 @@ def check_finite(job: Job, loss: float, norm: float, number: int, step: list[lis
     raise TrainingError(
         f"Training stopped at step {number}: {what}. Rows: {shown}. "
         f"First non-finite value: {place}. The base is in {dtype}, lr is {job.lr:g}. "
-        "What helps, most first: a lower lr, precision: fp32, a smaller clip, checking these rows."
+        f"What helps, most first: a lower {setting('lr')}, {setting('precision', 'fp32')}, "
+        f"a smaller {setting('clip')}, checking these rows."
     )
 
 

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from espalier.lifecycle import Lifecycle
 from espalier.modules import is_sharded
 from espalier.training import state
 from espalier.training.config import RunConfig
-from espalier.training.evaluate import evaluate, inputs, targets
+from espalier.training.evaluate import Measured, evaluate, inputs, targets
 from espalier.training.guard import Places, check_finite
 from espalier.training.job import Job
 from espalier.training.memory import used
@@ -112,7 +112,7 @@ class Loop:
         self._forget()
         return float(loss)
 
-    def evaluate(self, examples: Sequence[dict[str, Any]]) -> dict[str, float]:
+    def evaluate(self, examples: Sequence[dict[str, Any]]) -> Measured:
         """Loss and the task's metrics of the adapter as it is now."""
         job, batch = self.job, self.config.batch_in_evaluation
         giving = functools.partial(job.giving, examples)
@@ -120,11 +120,12 @@ class Loop:
         return evaluate(job.model, job.task, job.tokenizer, examples, *how)
 
     @property
-    def kept(self) -> tuple[int, dict[str, float]]:
-        """Step and validation metrics of the adapter that is kept at the end."""
+    def kept(self) -> tuple[int, Measured]:
+        """Step and validation of the adapter that is kept at the end."""
+        at = self.at
         if self.config.keep == "best":
-            return self.at.best_step if self.at.best else self.at.step, self.at.best
-        return self.at.step, self.at.latest
+            return at.best_step if at.best else at.step, Measured(at.best, at.best_doubt)
+        return at.step, Measured(at.latest, at.latest_doubt)
 
     def _restore(self, folder: Path) -> None:
         found = state.latest(folder)
@@ -273,11 +274,12 @@ class Loop:
         if not job.validation:
             return
         start = time.perf_counter()
-        metrics = self.at.latest = self.evaluate(job.validation)
-        name, way = job.task.best
-        better = self.life.settled and _better(metrics[name], self.at.best.get(name), way)
+        metrics, doubt = self.evaluate(job.validation)
+        self.at.latest, self.at.latest_doubt = metrics, doubt
+        better = self.life.settled and _better(metrics, self.at.best, job.task.best)
         if better:
-            self.at.best, self.at.best_step, self.at.stale = metrics, self.at.step, 0
+            self.at.best, self.at.best_doubt = metrics, doubt
+            self.at.best_step, self.at.stale = self.at.step, 0
             if config.keep == "best":
                 self.best = [p.detach().cpu().clone() for p in self.parameters]
         elif self.life.settled:  # what a method has not settled yet is never kept
@@ -286,7 +288,7 @@ class Loop:
         seconds = round(time.perf_counter() - start, 4)
         where = {"step": self.at.step, "epoch": self._epochs_done}
         job.record.add("validation", **where, **metrics, seconds=seconds)
-        job.screen.checked(self.at.step, metrics, better)
+        job.screen.checked(self.at.step, metrics, job.task.best[0] if better else None)
 
     @property
     def _epochs_done(self) -> float:
@@ -318,7 +320,11 @@ def head_rate(job: Job) -> float:
     return max(job.lr, min(2e-2, 8 / width)) if width else job.lr
 
 
-def _better(value: float, best: float | None, way: str) -> bool:
-    if best is None or math.isnan(best):
+def _better(found: Mapping[str, float], best: Mapping[str, float], goal: tuple[str, str]) -> bool:
+    """Whether an evaluation beats the best so far: by the task's metric, among equals by loss."""
+    name, way = goal
+    if not best or math.isnan(best[name]):
         return True
-    return value > best if way == "max" else value < best
+    if found[name] == best[name]:
+        return found["loss"] < best["loss"]
+    return found[name] > best[name] if way == "max" else found[name] < best[name]

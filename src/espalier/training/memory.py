@@ -9,6 +9,7 @@ import torch
 
 from espalier.errors import TrainingError
 from espalier.training.config import RunConfig
+from espalier.wording import setting
 
 _SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 
@@ -38,13 +39,16 @@ def advice(config: RunConfig, longest: int) -> str:
         batch = max(1, config.rows // 4)
         accumulate = config.rows_per_step // batch
         changes.append(
-            f"batch: {batch} with accumulate: {accumulate} (the same step, "
+            f"{setting('batch', batch)} with {setting('accumulate', accumulate)} (the same step, "
             f"about {config.rows / batch:.0f} times less for activations)"
         )
-    changes += [] if config.checkpointing else ["checkpointing: true (about 1/3 slower)"]
-    changes += [] if config.precision == "bf16" else ["precision: bf16 (half for the base)"]
+    if not config.checkpointing:
+        changes.append(f"{setting('checkpointing', True)} (about 1/3 slower)")
+    if config.precision != "bf16":
+        changes.append(f"{setting('precision', 'bf16')} (half for the base)")
     if longest > 64:
-        changes.append(f"max_length: {longest // 2} (now up to {longest} tokens; data is cut)")
+        shorter = setting("max_length", longest // 2)
+        changes.append(f"{shorter} (now up to {longest} tokens; data is cut)")
     changes.append("a smaller base model, or a method that trains less")
     return "\n".join(f"  {i}. {change}" for i, change in enumerate(changes[:3], 1))
 
@@ -68,6 +72,6 @@ def explained(
             raise
         told = planned() or f"What helps, most first:\n{advice(config, longest)}"
         raise TrainingError(
-            f"Out of memory with batch: {config.batch} and up to {longest} tokens per example. "
-            f"{told}"
+            f"Out of memory with {setting('batch', config.batch)} and up to {longest} tokens per "
+            f"example. {told}"
         ) from error

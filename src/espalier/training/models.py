@@ -15,6 +15,7 @@ from espalier.quantised import settle
 from espalier.shipped import SHIPPED, located
 from espalier.storage import stored
 from espalier.training import fewbits
+from espalier.wording import setting
 
 if TYPE_CHECKING:
     from espalier.storage import Storage
@@ -67,18 +68,19 @@ def writing_task(config: Any) -> str | None:
     return "causal" if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encoder else None
 
 
-def precision_of(asked: str, device: torch.device, config: Any = None) -> str:
+def precision_of(asked: str, device: torch.device, config: Any, trained: str | None = None) -> str:
     """fp32 or bf16: as asked, or for "auto" bf16 where the device is made for it.
 
     A CPU with units for bf16 products takes half the time for layers of some width; below that it
-    gains little. Without the model's `config` its width is not known, and "auto" is fp32 there.
+    gains little. What was `trained` in one of the two keeps it, where the device is made for it.
     """
     if asked != "auto":
         return asked
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    fast = device.type == "cpu" and has_bf16_units()
-    return "bf16" if fast and config is not None and width(config) >= _WIDE else "fp32"
+    cuda = device.type == "cuda"
+    made = torch.cuda.is_bf16_supported() if cuda else device.type == "cpu" and has_bf16_units()
+    if not made:
+        return "fp32"
+    return trained or ("bf16" if cuda or width(config) >= _WIDE else "fp32")
 
 
 def has_bf16_units() -> bool:
@@ -119,7 +121,7 @@ def checkpointed(model: Any, on: bool) -> Iterator[None]:
     try:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
-        raise SettingError(f"checkpointing: {error}") from error
+        raise SettingError(f"{setting('checkpointing')}: {error}") from error
     model.config.use_cache = False  # nothing to keep keys and values for
     try:
         yield

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from espalier.errors import SettingError
+from espalier.wording import setting
 
 SMALLEST = 2**16
 """Numbers of the smallest tensor that is moved."""
@@ -120,7 +121,8 @@ def store_for(asked: str, device: torch.device) -> Store | None:
         return None
     if device.type != "cuda":
         raise SettingError(
-            f"offload: {asked} moves activations from a GPU to the host's memory, and this run "
-            f"computes on {device.type}. Set checkpointing: true to keep fewer of them."
+            f"{setting('offload', asked)} moves activations from a GPU to the host's memory, and "
+            f"this run computes on {device.type}. {setting('checkpointing', True)} keeps fewer of "
+            "them."
         )
     return Pinned(device)

@@ -16,12 +16,14 @@ from espalier.training import models
 from espalier.training.config import RunConfig
 from espalier.training.progress import Screen
 from espalier.training.result import RunResult
+from espalier.wording import setting
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from espalier.data import TaskData
 
+IN_MEMORY = "(rows in memory)"  # in the place of a path
 Rows: TypeAlias = "Sequence[Mapping[str, Any]] | str | Path"
 
 
@@ -131,7 +133,7 @@ def fitting(config: RunConfig, limit: int | None, words: int = 0) -> RunConfig:
     if limit is not None and config.max_length > limit:
         beside = f" beside the {words} words of the prompt" if words else ""
         raise SettingError(
-            f"max_length is {config.max_length}, but the model takes at most {limit} tokens"
+            f"{setting('max_length', config.max_length)}: the model takes at most {limit} tokens"
             f"{beside}."
         )
     return config
@@ -184,7 +186,7 @@ def config_in_hand(
     def named(source: Any) -> str | None:
         if source is None:
             return None
-        return str(source) if isinstance(source, str | Path) else "(rows in memory)"
+        return str(source) if isinstance(source, str | Path) else IN_MEMORY
 
     return RunConfig(
         model=getattr(model.config, "_name_or_path", "") or type(model).__name__,

@@ -19,6 +19,7 @@ from torch import nn
 from espalier.errors import SettingError, TrainingError
 from espalier.graft import get
 from espalier.modules import is_sharded
+from espalier.wording import setting
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -57,14 +58,14 @@ def _check_engine(config: RunConfig) -> None:
         if os.environ.get(variable, "false").lower() in ("1", "true") and config.sharding == "none":
             raise SettingError(
                 f"accelerate's configuration asks for {variable.rpartition('_')[2].lower()}, the "
-                f"run's for none: write sharding: {name} (--sharding {name}), so that the base is "
-                "sharded and the adapter is not"
+                f"run's for none: write {setting('sharding', name)}, so that the base is sharded "
+                "and the adapter is not"
             )
     if config.sharding == "zero3" and find_spec("deepspeed") is None:
         raise SettingError(
-            "sharding: zero3 needs the package deepspeed, which is not installed: pip install "
-            "deepspeed. Or write sharding: fsdp, which spreads a frozen base just so and needs "
-            "nothing more than torch"
+            f"{setting('sharding', 'zero3')} needs the package deepspeed, which is not installed: "
+            f"pip install deepspeed. Or write {setting('sharding', 'fsdp')}, which spreads a "
+            "frozen base just so and needs nothing more than torch"
         )
 
 
@@ -135,7 +136,8 @@ def together(accelerator: Accelerator) -> Iterator[None]:
         index, count = accelerator.process_index, accelerator.num_processes
         raise TrainingError(
             f"Process {index} of {count} waited in vain for another, which has ended or hangs: "
-            "what it said last tells why. A run with saved steps goes on with resume: true."
+            "what it said last tells why. A run with saved steps goes on with "
+            f"{setting('resume', True)}."
         ) from error
 
 
@@ -155,8 +157,8 @@ def described(config: RunConfig, accelerator: Accelerator) -> list[str]:
         return []
     if accelerator.num_processes == 1:
         return [
-            f"sharding: {config.sharding} does nothing in one process: start several with "
-            "`espalier launch`"
+            f"{setting('sharding', config.sharding)} does nothing in one process: start several "
+            "with `espalier launch`"
         ]
     over = _local_count() if config.sharding == "hybrid" else accelerator.num_processes
     return [f"base spread over {over} processes ({config.sharding}), the adapter whole in each"]

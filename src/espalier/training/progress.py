@@ -90,9 +90,9 @@ class Screen:
             self._shown = time.monotonic()
             self.say(f"step {step}/{total} · {words}")
 
-    def checked(self, step: int, metrics: Mapping[str, Any], better: bool) -> None:
-        """Show an evaluation."""
-        star = "  ← best so far" if better else ""
+    def checked(self, step: int, metrics: Mapping[str, Any], best: str | None) -> None:
+        """Show an evaluation; `best` is the metric that makes it the best so far, if it is."""
+        star = f"  ← best so far, by {best}" if best else ""
         self.say(f"step {step} · validation: {in_line(metrics)}{star}")
 
     def stop(self) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier.errors import CheckpointError, SettingError
+from espalier.wording import setting
 
 TIME_FIELDS = ("seconds", "tokens_per_second", "examples_per_second", "memory")
 
@@ -44,7 +45,7 @@ class Record:
         if self._path.stat().st_size < offset:
             raise CheckpointError(
                 f"{self._path} has fewer than the {offset} bytes it had when the state was saved; "
-                "the run cannot be resumed: start anew with overwrite: true."
+                f"the run cannot be resumed: start anew with {setting('overwrite', True)}."
             )
         os.truncate(self._path, offset)
         text = self._path.read_text(encoding="utf-8")
@@ -80,7 +81,8 @@ def check_tensorboard() -> None:
 
     if importlib.util.find_spec("tensorboard") is None:
         raise SettingError(
-            "tensorboard: true needs the package tensorboard: pip install 'espalier[report]'."
+            f"{setting('tensorboard', True)} needs the package tensorboard: "
+            "pip install 'espalier[report]'."
         )
 
 

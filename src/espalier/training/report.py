@@ -66,7 +66,7 @@ def in_few_bits(model: Any) -> list[str]:
     ]
 
 
-def end(screen: Screen, result: RunResult, data: TaskData) -> None:
+def end(screen: Screen, result: RunResult, data: TaskData, keep: str) -> None:
     """What was made, how good it is, and what to type next."""
     table = Table(show_edge=False, pad_edge=False)
     table.add_column("")
@@ -78,8 +78,9 @@ def end(screen: Screen, result: RunResult, data: TaskData) -> None:
         table.add_row(name, *("" if value is None else f"{value:.4g}" for value in values))
     screen.say("")
     screen.console.print(table)
-    kept = f", kept from step {result.best['step']:.0f}" if result.best else ""
-    screen.say(f"\n{result.steps} steps in {duration(result.seconds)}{kept}.")
+    screen.say(f"\n{result.steps} steps in {duration(result.seconds)}{_kept(result, keep)}.")
+    if result.doubt:
+        screen.say(result.doubt)
     if result.folder is None:
         return
     screen.say(f"The adapter is in {result.folder / 'adapter'} ({_size(result.folder)}).")
@@ -87,6 +88,16 @@ def end(screen: Screen, result: RunResult, data: TaskData) -> None:
     merges = result.account["mergeable"]
     for command in commands(data.task, data.splits["train"][0], result.folder, merges):
         screen.say(f"  {command}")
+
+
+def _kept(result: RunResult, keep: str) -> str:
+    """Which evaluation's adapter is kept, and by what it was the best."""
+    if not result.best:
+        return ""
+    best = f"the best {result.metric} on validation data ({result.best[result.metric]:.4g})"
+    step = f"step {result.best['step']:.0f}"
+    kept = f"kept from {step}:" if keep == "best" else f"the last is kept, {step} had"
+    return f"; {kept} {best}"
 
 
 def _size(folder: Path) -> str:

@@ -20,6 +20,9 @@ class RunResult:
         metrics: Metrics by split, like {"validation": {"loss": 0.2, "accuracy": 0.93}}; those of
             the adapter that was kept.
         best: Step and metrics of the best evaluation; empty without validation data.
+        metric: What it was best in, like "accuracy"; the loss decided among equals.
+        doubt: What makes the metrics of test, else validation rows doubtful, like one class for
+            all of them; None where nothing does.
         history: The lines of metrics.jsonl.
         seconds: Wall-clock time of the run, or of its last part when it was resumed.
         account: Trained parameters and bytes, as `esp.account` counts them.
@@ -29,6 +32,8 @@ class RunResult:
     folder: Path | None
     metrics: dict[str, dict[str, float]]
     best: dict[str, float]
+    metric: str
+    doubt: str | None
     history: list[dict[str, Any]]
     seconds: float
     account: dict[str, Any]

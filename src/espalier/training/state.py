@@ -33,6 +33,7 @@ from espalier.errors import CheckpointError, SettingError
 from espalier.training import randomness
 from espalier.training.config import DECISIVE, RunConfig
 from espalier.training.optimizers import moments, put_moments
+from espalier.wording import setting
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -48,8 +49,10 @@ class Position:
     stale: int = 0  # evaluations since the best one
     stopped: bool = False  # ended early
     best: dict[str, float] = field(default_factory=dict)  # metrics of the best evaluation
+    best_doubt: str | None = None  # see `Task.doubt`
     best_step: int = 0
     latest: dict[str, float] = field(default_factory=dict)  # metrics of the last evaluation
+    latest_doubt: str | None = None
     tokens: int = 0
 
 
@@ -164,10 +167,11 @@ def _refuse_other_steps(accumulate: int, processes: int, fixed: Fixed) -> None:
         f"processes), and would now have {now} (accumulate {fixed.config.accumulate} in "
         f"{fixed.processes}). "
         + (
-            f"Write accumulate: {before // fixed.processes} (--accumulate) and the run goes on "
-            "with the same steps."
+            f"Write {setting('accumulate', before // fixed.processes)} and the run goes on with "
+            "the same steps."
             if fits
-            else f"Resume on a number of processes that divides {before}, with accumulate the rest."
+            else f"Resume on a number of processes that divides {before}, with "
+            f"{setting('accumulate')} the rest."
         )
     )
 
@@ -181,7 +185,7 @@ def refuse_changed(was: Mapping[str, Any], config: RunConfig, but: str = "") -> 
         raise SettingError(
             "A run is resumed with the settings it was started with; these differ:\n"
             + "\n".join(lines)
-            + "\nWrite them as they were, or start anew with overwrite: true."
+            + f"\nWrite them as they were, or start anew with {setting('overwrite', True)}."
         )
 
 
