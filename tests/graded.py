@@ -26,17 +26,18 @@ def numbers(*shape: int, grad: bool = True) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64).requires_grad_(grad)
 
 
-def saved_bytes(model: nn.Module, data: dict[str, Any]) -> int:
-    """What autograd keeps between forward and backward, parameters left out."""
-    known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
+def saved_bytes(model: nn.Module, batch: dict[str, Any]) -> int:
+    """What a forward pass keeps for backward, each storage once; no parameters, no batch."""
+    known = [*model.parameters(), *model.buffers(), *batch.values()]
+    own = {tensor.untyped_storage().data_ptr() for tensor in known}
+    kept: dict[int, Tensor] = {}  # alive, so that no address is used twice
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+        at = tensor.untyped_storage().data_ptr()
+        if at not in own:
+            kept[at] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(**data).loss.backward()
-    return sum(kept.values())
+        assert model(**batch).loss.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

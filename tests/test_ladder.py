@@ -22,6 +22,7 @@ import espalier as esp
 import tiny_runs
 from espalier.errors import AdapterError, SettingError, SiteError
 from espalier.plain.ladder import Ladder
+from graded import saved_bytes
 from zoo import BY_NAME, VOCAB, logits, train
 
 SMALL: dict[str, Any] = {
@@ -219,25 +220,6 @@ def test_no_state_of_the_trunk_has_a_graph(name: str, reentrant: bool | None) ->
     assert all(p.grad is not None for p in esp.parameters(model))
 
 
-def saved(model: nn.Module, batch: dict[str, Tensor]) -> int:
-    """Bytes kept for the backward pass, each storage once, without parameters."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    held: dict[int, int] = {}
-    alive: list[Tensor] = []
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage.nbytes()
-            alive.append(x)
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        loss = model(**batch).loss
-    assert loss.requires_grad
-    return sum(held.values())
-
-
 @pytest.mark.parametrize(
     ("make", "dropout", "most", "most_again"),
     [(llama, 0.0, 0.25, 0.12), (bert, 0.0, 0.25, 0.12), (bert, 0.1, 0.25, 0.12)],
@@ -257,7 +239,7 @@ def test_saved_bytes_are_a_fraction_of_loras(
         model = make(**changes).train()
         esp.attach(model, recipe, "l")
         with esp.plain_paths():  # LoRA's own share of the base's graph, not what is made of it
-            sizes.append(saved(model, batch))
+            sizes.append(saved_bytes(model, batch))
     assert sizes[1] <= most * sizes[0]
     assert sizes[2] <= most_again * sizes[0]
 

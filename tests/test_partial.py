@@ -21,6 +21,7 @@ import tiny_runs as tiny
 from espalier.errors import AdapterError, SettingError, SiteError
 from espalier.training import RunConfig, choosing
 from espalier.training.loop import Loop
+from graded import saved_bytes
 from zoo import BY_NAME, CASES, Case, logits, train
 
 BERT, GPT2, LLAMA, T5, VIT = (BY_NAME[name] for name in ("bert", "gpt2", "llama", "t5", "vit"))
@@ -190,20 +191,11 @@ def kept_for_backward(recipe: str) -> int:
     )  # fmt: skip
     model = tf.BertForSequenceClassification(config).eval()
     esp.attach(model, recipe)
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    seen: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     ids = torch.randint(0, 96, (4, 16), generator=torch.Generator().manual_seed(1))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(input_ids=ids, labels=torch.tensor([0, 1, 1, 0])).loss.backward()
+    batch = {"input_ids": ids, "labels": torch.tensor([0, 1, 1, 0])}
+    model(**batch).loss.backward()
     assert esp.dead_sites(model) == []
-    return sum(seen.values())
+    return saved_bytes(model, batch)
 
 
 def test_below_the_lowest_trained_layer_nothing_is_kept_for_the_backward() -> None:
