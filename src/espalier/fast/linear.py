@@ -16,6 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -209,31 +210,21 @@ class _Linear(torch.autograd.Function):
         if held:
             plan.shared.left -= 1
             x = plan.shared.again(plan.again, held)
-        full: Any = weight
-        if weight is None and (needs_x or any(needs[2::3])):
-            full = plan.unpack()  # type: ignore[misc]
+        full = cache(lambda: plan.unpack() if weight is None else weight)  # type: ignore[misc]
         y = kept[0] if kept and ctx.witness.intact else None
         grads: list[Tensor | None] = [None] * len(needs)
         whole = g  # with every stretch
         for index, (_, b, sigma, (scale, _, _, columns)) in enumerate(_each(factors, plan)):
             if sigma is None:
                 continue
-            part, stretch = g[:, columns], sigma.to(g.dtype)
-            length = 1 + stretch.to(sigma.dtype)
-            # A column that was stretched to nothing tells nothing of its z.
-            if needs[3 * index + 2] and y is not None and bool(length.all()):
-                own = y[:, columns] if bias is None else y[:, columns] - bias[columns]
-                grads[3 * index + 2] = (part * own).sum(0).to(sigma.dtype) / length
-            elif needs[3 * index + 2]:
-                assert x is not None
-                z = F.linear(x, full[columns]).addmm_(lows[index], b.t(), alpha=scale)
-                grads[3 * index + 2] = z.mul_(part).sum(0).to(sigma.dtype)
-            if part.shape == g.shape:
-                whole = torch.addcmul(g, g, stretch)
-            else:
-                whole = g.clone() if whole is g else whole
-                whole[:, columns].addcmul_(part, stretch)
-        dx = _through(plan, whole, full) if needs_x else None
+            if needs[3 * index + 2]:
+                own = None if y is None else y[:, columns]
+                if own is not None and bias is not None:
+                    own = own - bias[columns]
+                z = partial(_again, x, full, columns, lows[index], b, scale)
+                grads[3 * index + 2] = _of_stretch(g[:, columns], sigma, own, z)
+            whole = _stretched(whole, g, columns, sigma.to(g.dtype))
+        dx = _through(plan, whole, full()) if needs_x else None
         for index, (a, b, _, (scale, share, seed, columns)) in enumerate(_each(factors, plan)):
             part = whole[:, columns]
             # Thin products are fastest this way round: (R, N) and not (N, R).
@@ -288,6 +279,41 @@ def _through(plan: _Plan, g: Tensor, weight: Tensor) -> Tensor:
         shared.grad = (g @ weight).view(plan.shape)
         return shared.grad.view(-1, plan.shape[-1])
     return shared.grad.view(-1, plan.shape[-1]).addmm_(g, weight)
+
+
+def _again(
+    x: Tensor | None,
+    weight: Callable[[], Tensor],
+    columns: slice,
+    low: Tensor,
+    b: Tensor,
+    scale: float,
+) -> Tensor:
+    """Columns of x Wᵀ + s · low Bᵀ, (N, …)."""
+    assert x is not None
+    return F.linear(x, weight()[columns]).addmm_(low, b.t(), alpha=scale)
+
+
+def _of_stretch(g: Tensor, sigma: Tensor, own: Tensor | None, z: Callable[[], Tensor]) -> Tensor:
+    """The gradient (D_out,) of a stretch σ, from what was stretched where that was kept.
+
+    A column that was stretched to nothing tells nothing of its z, which is computed again then.
+    """
+    if own is not None:
+        length = 1 + sigma.to(g.dtype).to(sigma.dtype)
+        if bool(length.all()):
+            return (g * own).sum(0).to(sigma.dtype) / length
+    return z().mul_(g).sum(0).to(sigma.dtype)
+
+
+def _stretched(whole: Tensor, g: Tensor, columns: slice, stretch: Tensor) -> Tensor:
+    """What was made of g so far, `whole`, with these columns stretched; g stays."""
+    part = g[:, columns]
+    if part.shape == g.shape:
+        return torch.addcmul(g, g, stretch)
+    whole = g.clone() if whole is g else whole
+    whole[:, columns].addcmul_(part, stretch)
+    return whole
 
 
 def _scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
