@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import espalier as esp
+from espalier.fast import drop
 from espalier.fast.attention import batched, in_training
 from espalier.fast.drop import Drop
 from espalier.fast.quick import QuickDropout
@@ -35,7 +36,7 @@ def test_dropout_keeps_its_share_and_its_scale_and_repeats_itself() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_base_drops_its_share_of_numbers_and_of_their_gradients(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x = torch.randn(50, 401, dtype=dtype).requires_grad_()
+    x = torch.randn(200, 401, dtype=dtype).requires_grad_()
     host, quick = nn.Dropout(0.3).train(), QuickDropout()
     out = quick(host, x)
     assert out is not None
@@ -48,12 +49,40 @@ def test_a_base_drops_its_share_of_numbers_and_of_their_gradients(dtype: torch.d
     assert again is not None
     assert not torch.equal(again == 0, gone)
     torch.manual_seed(0)
-    torch.randn(50, 401, dtype=dtype)
+    torch.randn(200, 401, dtype=dtype)
     assert torch.equal(quick(host, x), out)  # type: ignore[arg-type]
 
 
+def test_dropouts_that_torch_does_better_are_its_own() -> None:
+    quick, x = QuickDropout(), torch.randn(2, 300, 300)
+    host = nn.Dropout(0.3).train()
+    assert quick(host, x) is not None
+    assert quick(host, x[:, :9, :9].contiguous()) is None  # small
+    assert quick(host, x.transpose(1, 2)) is None  # other strides
+    assert quick(host, input=x) is None
+    assert quick(nn.Dropout(0.3, inplace=True).train(), x) is None
+    assert quick(nn.Dropout(1.0).train(), x) is None
+    assert quick(host, nn.Parameter(x)) is None
+    host.p = 0.0
+    assert quick(host, x) is None
+
+
+def test_a_base_with_dropout_goes_through_functional_transforms() -> None:
+    model = BY_NAME["bert"].make().train()
+    esp.attach(model, "BitFit()")
+    ids = BY_NAME["bert"].batch()["input_ids"].repeat(1, 40)[:, :50]
+
+    def one(row: Tensor) -> Tensor:
+        return model(input_ids=row[None]).logits[0]
+
+    assert torch.func.vmap(one, randomness="different")(ids).isfinite().all()
+
+
 @pytest.mark.parametrize("family", ["bert", "t5"])
-def test_a_base_with_dropout_keeps_less_for_backward(family: str) -> None:
+def test_a_base_with_dropout_keeps_less_for_backward(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drop, "SMALL", 0)
     model, data = BY_NAME[family].make().train(), BY_NAME[family].batch()
     esp.attach(model, "LoRA(rank=4)")
     fast = saved_bytes(model, data)
@@ -93,8 +122,9 @@ def test_attention_as_batched_products(causal: bool, masked: str | None, length:
     if masked:
         mask = torch.rand(2, 1, length, length) > 0.3
         mask[..., 0] = True
+        mask[0, :, 3] = False  # a query that sees nothing takes nothing
         if masked == "added":
-            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -1e9)
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
 
     def theirs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = F.scaled_dot_product_attention(
@@ -106,7 +136,8 @@ def test_attention_as_batched_products(causal: bool, masked: str | None, length:
     equal(ours, graded(theirs, [q, k, v]))
     if length < 9 and masked != "bool":
         flat = (x.detach().flatten(0, 1).requires_grad_() for x in (k, v))
-        torch.library.opcheck(torch.ops.espalier.attend, (q, *flat, mask, 0.3, causal))
+        seen = None if mask is None else mask.clamp(min=-1e9)
+        torch.library.opcheck(torch.ops.espalier.attend, (q, *flat, seen, 0.3, causal))
 
 
 def dropped_shares(q: Tensor, k: Tensor, causal: bool) -> Tensor:
@@ -140,10 +171,27 @@ def test_attention_with_dropout_is_its_formula(causal: bool, length: int) -> Non
 
 
 def test_attention_drops_on_a_cpu_without_keeping_shares() -> None:
-    module, q = nn.Identity().train(), torch.randn(1, 2, 4, 8)
+    module, q = nn.Identity().train(), torch.randn(2, 4, 96, 8)
     assert in_training(module, q, q, q, None, {"dropout": 0.1}) is not None
     assert in_training(module, q, q, q, None, {"dropout": 0.0}) is None  # a flash kernel's work
+    assert in_training(module, q, q, q, None, {"dropout": 1.0}) is None
     assert in_training(module, q.double(), q, q, None, {"dropout": 0.1}) is None
+    few = q[:, :, :9]
+    assert in_training(module, few, few, few, None, {"dropout": 0.1}) is None
+
+
+def test_attention_with_dropout_is_the_same_under_autocast() -> None:
+    inputs = [torch.randn(2, 4, 96, 8).bfloat16().requires_grad_() for _ in range(3)]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        out = in_training(nn.Identity().train(), q, k, v, None, {"dropout": 0.1})
+        assert out is not None
+        return out
+
+    alone = graded(attend, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        equal(graded(attend, inputs), alone)
 
 
 def test_the_side_of_a_ladder_attends_by_batched_products_too() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from transformers.models.llama.modeling_llama import (
 
 import espalier as esp
 import tiny_runs
+from espalier.attention import NAME
 from espalier.errors import AdapterError, SettingError, SiteError
 from espalier.plain.ladder import Ladder
 from graded import saved_bytes
@@ -218,6 +220,18 @@ def test_no_state_of_the_trunk_has_a_graph(name: str, reentrant: bool | None) ->
     assert not any(h.requires_grad or h.grad_fn for h in found)
     loss.backward()
     assert all(p.grad is not None for p in esp.parameters(model))
+
+
+def test_a_pickled_model_runs_where_nothing_else_of_ours_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as TABLE
+
+    model = shaken(bert())
+    batch = {"input_ids": ids(2, 9)}
+    before, kept = logits(model, batch), pickle.dumps(model)
+    monkeypatch.delitem(TABLE._global_mapping, NAME)  # as in a new process
+    assert torch.equal(logits(pickle.loads(kept), batch), before)
 
 
 @pytest.mark.parametrize(

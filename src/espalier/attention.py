@@ -49,6 +49,10 @@ class StandIn:
             raise AttributeError(name)
         return getattr(self.config, name)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.table.register(NAME, _attention)  # another process does not know the name
+
     def enter(self) -> None:
         """Take the config's place."""
         self.table.register(NAME, _attention)

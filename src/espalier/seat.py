@@ -57,6 +57,8 @@ class Seat:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The host's output, changed by the deltas of the active adapters in turn."""
+        if not (self.deltas or self.watchers or self.around or self.checkpointed):
+            return self._own(type(self.host).forward, args, kwargs)  # it stands in alone
         if self.around is not None:
             return self.around(self._run, args, kwargs)
         again = self.checkpointed and self.host.gradient_checkpointing and self.host.training

@@ -38,7 +38,8 @@ class _Batched(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, keys, values, mask)
         ctx.how = how
-        return _attend(q, keys, values, mask, *how)
+        with torch.autocast("cpu", enabled=False):  # as in backward
+            return _attend(q, keys, values, mask, *how)
 
     @staticmethod
     @once_differentiable
@@ -177,6 +178,9 @@ def in_training(
         return None
     if q.dtype != torch.bfloat16 and not (dropout and q.dtype == torch.float32):
         return None
+    shares = q.shape[:3].numel() * k.shape[2]
+    if dropout and (dropout >= 1 or shares < drop.SMALL or type(q) is not Tensor):
+        return None
     causal = given.get("is_causal", getattr(module, "is_causal", True))
     causal = bool(causal) and mask is None and q.shape[2] > 1
     if (causal and q.shape[2] != k.shape[2]) or k.shape[-1] != v.shape[-1]:
@@ -206,12 +210,22 @@ def batched(
         causal: Query i sees the keys 0 to i; T is S then.
         dropout: Share of the shares that is set to zero; not while compiling.
     """
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, torch.finfo(q.dtype).min)
+    compiling = torch.compiler.is_compiling()
+    blind = None  # queries that see no key: they take nothing
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+        blind = mask.amax(-1, keepdim=True) == -torch.inf
+        if compiling or (type(mask) is Tensor and bool(blind.any())):  # a plan's has no values
+            mask = mask.masked_fill(blind, 0)
+        else:
+            blind = None
     given = q.contiguous(), _flat(k), _flat(v), mask, scale, causal
-    if torch.compiler.is_compiling():
-        return _op(*given)
-    return _Batched.apply(*given, dropout, drop.drawn() if dropout else 0)  # type: ignore[return-value]
+    if compiling:
+        out: Any = _op(*given)
+    else:
+        out = _Batched.apply(*given, dropout, drop.drawn() if dropout else 0)
+    return out if blind is None else out.masked_fill(blind.transpose(1, 2), 0)
 
 
 def _one_for_all_heads(mask: Any, dtype: torch.dtype) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+SMALL = 1 << 16  # numbers below which making the generator costs more than is saved
 _STEPS = 1 << 15
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -85,7 +86,8 @@ def dropped(x: Tensor, share: float) -> Tensor:
 
 def drawn() -> int:
     """A seed, from torch's own generator: checkpoints and resumed runs draw the same again."""
-    return int(torch.randint(1 << 62, ()))
+    seed = torch.randint(1 << 32, (), device="cpu")
+    return int(seed) if type(seed) is Tensor else 0  # a plan's tensors have no values
 
 
 def gain(share: float) -> float:

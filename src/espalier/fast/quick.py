@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from espalier.attention import Attention, callers
+from espalier.fast import drop
 from espalier.fast.attention import suits
 from espalier.fast.drop import dropped
 from espalier.fast.gated import act_of, gated
@@ -77,11 +78,15 @@ class QuickDropout:
 
     def __call__(self, host: nn.Module, *args: Any, **kwargs: Any) -> Tensor | None:
         """What is left of x, or None where torch's own had better be called."""
-        x, share = args[0] if args else None, host.p
-        if len(args) != 1 or kwargs or not 0 < share < 1 or host.inplace:  # type: ignore[operator]
+        share: Any = host.p
+        if len(args) != 1 or kwargs or not 0 < share < 1 or host.inplace:
             return None
-        suits = x.device.type == "cpu" and x.is_floating_point()  # type: ignore[union-attr]
-        return dropped(x, share) if suits else None  # type: ignore[arg-type]
+        x: Tensor = args[0]
+        plain = type(x).__name__ in ("Tensor", "FakeTensor")  # a plan's are fake
+        if not plain or x.device.type != "cpu" or not x.is_floating_point():
+            return None
+        # torch's own keeps other strides.
+        return dropped(x, share) if x.numel() >= drop.SMALL and x.is_contiguous() else None
 
 
 Quick = QuickNorm | QuickFeed | QuickAttention | QuickDropout

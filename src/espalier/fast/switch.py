@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 _plain = 0  # how many `plain_paths` are entered
 
 
 def enabled() -> bool:
-    """Whether fast paths may be taken."""
-    return not _plain
+    """Whether fast paths may be taken; torch.func's transforms know nothing of their functions."""
+    if _plain:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is None
 
 
 @contextmanager
