@@ -16,7 +16,7 @@ def enabled() -> bool:
         return False
     if torch.compiler.is_compiling():
         return True
-    return torch._C._functorch.peek_interpreter_stack() is None
+    return torch._C._functorch.peek_interpreter_stack() is None  # type: ignore[attr-defined]
 
 
 @contextmanager
