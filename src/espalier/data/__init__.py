@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from espalier.data.batching import batches, in_order
 from espalier.data.checking import Report, check
-from espalier.data.loading import TaskData, read_rows, read_task
+from espalier.data.loading import TaskData, own_split, read_rows, read_task
 from espalier.data.packing import pack, packing_refusal
 from espalier.tasks import Row
 
@@ -17,6 +17,7 @@ __all__ = [
     "in_order",
     "pack",
     "packing_refusal",
+    "own_split",
     "read_rows",
     "read_task",
 ]
