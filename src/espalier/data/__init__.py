@@ -15,9 +15,9 @@ __all__ = [
     "batches",
     "check",
     "in_order",
+    "own_split",
     "pack",
     "packing_refusal",
-    "own_split",
     "read_rows",
     "read_task",
 ]

@@ -84,7 +84,7 @@ def check_numbers(task: Task, rows: Iterable[Row], names: Mapping[str, Sequence[
         DataError: there is one; says what it means here and what in training.
     """
     flags = isinstance(task, Multilabel) and task.flags
-    if not (flags or isinstance(task, Classification | Multilabel | Tokens) and task.indexed):
+    if not (flags or (isinstance(task, Classification | Multilabel | Tokens) and task.indexed)):
         return
     column, trained = task.columns["tags" if task.name == "tokens" else "label"], task.labels or ()
     own = _stated_names(column, names) if _is_named(column, names) else None
