@@ -188,7 +188,10 @@ class RunConfig(BaseModel):
         None, ge=1, description="Steps between saves for resuming; each epoch if left out."
     )
     patience: int | None = Field(
-        None, ge=1, description="Stop after this many evaluations without a better result."
+        None,
+        ge=1,
+        description="Stop after this many evaluations in which the task's metric is not bettered; "
+        "a lower loss alone does not count.",
     )
     keep: Literal["best", "last"] = Field(
         "best",

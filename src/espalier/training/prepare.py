@@ -78,7 +78,9 @@ class Material:
 
     @property
     def precision(self) -> str:
-        """fp32 or bf16."""
+        """fp32 or bf16; a base in bf16 computes in bf16, whatever the settings are."""
+        if self.model.dtype == torch.bfloat16:
+            return "bf16"
         return models.precision_of(self.config.precision, self.device, self.model.config)
 
 
