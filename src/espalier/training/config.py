@@ -291,7 +291,8 @@ class RunConfig(BaseModel):
     def rows(self) -> int:
         """Examples per micro-batch, once that of `batch: auto` is known."""
         if self.batch == "auto":
-            raise SettingError("batch: auto is settled by a run when its data is read")
+            auto = setting("batch", "auto")
+            raise SettingError(f"{auto} is settled by a run when its data is read")
         return self.batch
 
     @property

@@ -181,8 +181,8 @@ def config_in_hand(
     """The settings of a run on objects in hand; `sources` are train, validation and test."""
     if settings.get("quantize") not in (None, "none"):
         raise SettingError(
-            "quantize loads a base in few bits, and this model is loaded: call "
-            f"esp.quantize(model, {settings['quantize']!r}) before esp.fit."
+            f"{setting('quantize', settings['quantize'])} loads a base in few bits, and this model "
+            f"is loaded: call esp.quantize(model, {settings['quantize']!r}) before esp.fit."
         )
 
     def named(source: Any) -> str | None:
