@@ -219,8 +219,8 @@ class TrunkCache:
         ways = "let the method act in fewer stacks or layers, or use fewer or shorter examples"
         if size > config.trunk_limit * 1e9:
             raise SettingError(
-                f"{takes}, more than {setting('trunk_limit', config.trunk_limit)} (GB). Raise it, or "
-                f"{ways}"
+                f"{takes}, more than {setting('trunk_limit', config.trunk_limit)} (GB). "
+                f"Raise it, or {ways}"
             )
         if config.trunk_cache == "memory":
             import psutil

@@ -163,8 +163,8 @@ class Batch:
         count, size = x.shape[:2]
         if len(lengths) != count or int(lengths.max()) > size:
             raise SettingError(
-                f"{setting('trunk_cache')}: the {stack} runs on {count} rows of {size} tokens where states of "
-                f"{len(lengths)} rows of up to {int(lengths.max())} were kept"
+                f"{setting('trunk_cache')}: the {stack} runs on {count} rows of {size} tokens "
+                f"where states of {len(lengths)} rows of up to {int(lengths.max())} were kept"
             )
         rows = self.kept.read(stack, self.rows).to(x.device, non_blocking=True)
         if len(rows) == count * size:
