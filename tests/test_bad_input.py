@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ import yaml
 import espalier as esp
 import tiny_runs as tiny
 from command_line import Command, World, make_world, write_rows
+from espalier.commands.flags import mapping
 from espalier.data import read_task
 from espalier.errors import DataError, SettingError
 from espalier.training import RunConfig
+from espalier.wording import setting, typed
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,21 @@ def test_settings_are_flags_where_they_are_typed_and_arguments_in_python(
     espalier.fails(*world.train(*full), saying=["another --out", "(--resume)", "(--overwrite)"])
     with pytest.raises(SettingError, match=r"another out, .*\(resume=True\)"):
         esp.fit(tiny.bert(), tiny.tokenizer(), tiny.reviews(), out=world.classifier, quiet=True)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"text": "my text", "label": "it's"},
+        {"text": "a,b"},
+        {"a=b": "c", "d": " e "},
+        {"text": "{"},
+    ],
+)
+def test_columns_are_said_as_the_command_reads_them(columns: dict[str, str]) -> None:
+    with typed():
+        flag, text = shlex.split(setting("columns", columns))
+    assert (flag, mapping(text)) == ("--columns", columns)
 
 
 def test_columns_that_cannot_be_read(world: World, espalier: Command) -> None:

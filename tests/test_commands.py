@@ -256,6 +256,61 @@ def test_eval_takes_the_runs_own_test_rows_and_says_which(
     assert json.loads(espalier("eval", world.writer, "--json").out)["split"] == "validation"
 
 
+def test_eval_reads_test_rows_in_the_terms_of_the_adapter(
+    world: World, tmp_path: Path, espalier: Command
+) -> None:
+    run, data = tmp_path / "run", tmp_path / "data"
+    data.mkdir()
+    rows = tiny.reviews(60)
+    write_rows(data / "train.jsonl", rows[:40])
+    write_rows(data / "test.jsonl", rows[40:])
+    words = world.train("--quiet", "--validation-share", 0.4, "--out", run)
+    words[words.index("--train") + 1] = data
+    assert espalier(*words).code == 0
+    kept = json.loads((run / "result.json").read_text())["metrics"]["test"]
+
+    def found() -> dict[str, Any]:
+        return json.loads(espalier("eval", run, "--json").out)
+
+    assert found()["accuracy"] == kept["accuracy"]
+    renamed = {"good": "A", "bad": "B"}
+    write_rows(data / "train.jsonl", [r | {"label": renamed[r["label"]]} for r in rows[:40]])
+    assert found()["accuracy"] == kept["accuracy"]
+    write_rows(data / "train.jsonl", [*rows[:40], {"text": "so so", "label": "awful"}])
+    assert found()["accuracy"] == kept["accuracy"]
+    (data / "train.jsonl").unlink()
+    assert found()["accuracy"] == kept["accuracy"]
+    write_rows(data / "test.jsonl", [r | {"label": renamed[r["label"]]} for r in rows[40:]])
+    espalier.fails(
+        "eval", run, saying=["test.jsonl:1", "'A'" if rows[40]["label"] == "good" else "'B'"]
+    )
+
+
+@pytest.mark.parametrize("change", ["renamed", "new class", "column"])
+def test_eval_refuses_rows_set_aside_from_training_data_that_has_changed(
+    change: str, world: World, tmp_path: Path, espalier: Command
+) -> None:
+    rows, run = tiny.reviews(40), tmp_path / "run"
+    file = write_rows(tmp_path / "reviews.jsonl", rows)
+    words = world.train("--quiet", "--validation-share", 0.4, "--out", run)
+    words[words.index("--train") + 1] = file
+    assert espalier(*words).code == 0
+    assert espalier("eval", run).code == 0
+    if change == "renamed":
+        renamed = {"good": "A", "bad": "B"}
+        write_rows(file, [r | {"label": renamed[r["label"]]} for r in rows])
+        saying = ["labels then: bad, good; now: A, B"]
+    elif change == "new class":
+        write_rows(file, [*rows, {"text": "so so", "label": "awful"}])
+        saying = ["labels then: bad, good; now: awful, bad, good"]
+    else:
+        write_rows(file, [{"sentence": r["text"], "label": r["label"]} for r in rows])
+        saying = ["columns then: text, label; now: sentence, label"]
+    espalier.fails("eval", run, saying=["data has changed since the run", "--data", *saying])
+    espalier.fails("eval", run, "--split", "train", saying=saying)
+    espalier.fails("eval", run, "--data", file, "--split", "test", saying=["is one file"])
+
+
 def test_eval_of_other_data_names_the_split_it_takes(
     parted: Path, parted_run: Path, espalier: Command
 ) -> None:

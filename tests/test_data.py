@@ -21,7 +21,7 @@ from espalier.data import (
     read_task,
 )
 from espalier.errors import DataError, SettingError
-from espalier.tasks import IGNORED
+from espalier.tasks import IGNORED, Classification, Multilabel
 
 ROWS = [{"text": f"text {i}", "label": ["no", "yes"][i % 2]} for i in range(20)]
 
@@ -444,6 +444,28 @@ def test_a_limit_keeps_the_same_training_rows_with_and_without_validation_data()
     assert kept(train=ROWS, limit=9, validation_share=0) == alone
     assert set(kept(train=ROWS, limit=5, validation_share=0.25)) < set(alone)
     assert kept(train=ROWS, limit=9, validation_share=0, seed=1) != alone
+
+
+def test_label_names_in_other_capitals_mean_the_same(tmp_path):
+    rows = [{"text": f"text {i}", "label": i % 2} for i in range(20)]
+    write(tmp_path / "test.jsonl", rows)
+    for names in (["No ", "YES"], ["No", "Maybe"]):
+        (tmp_path / "labels.json").write_text(json.dumps(names))
+        task = Classification({"text": "text", "label": "label"}, ("no", "yes"), True)
+        if names[1] == "YES":
+            assert len(read_rows(tmp_path / "test.jsonl", task)) == 20
+        else:
+            with pytest.raises(DataError, match="label 1 is 'Maybe'"):
+                read_rows(tmp_path / "test.jsonl", task)
+
+
+def test_flags_must_stand_in_the_order_of_training(tmp_path):
+    write(tmp_path / "test.jsonl", [{"text": "a text", "labels": [0, 1, 0]}])
+    (tmp_path / "labels.json").write_text(json.dumps(["a", "c", "b"]))
+    columns = {"text": "text", "label": "labels"}
+    task = Multilabel(columns, ("a", "b", "c"), flags=True)
+    with pytest.raises(DataError, match="label 1 is 'c' by the label names of this data"):
+        read_rows(tmp_path / "test.jsonl", task)
 
 
 def test_numbers_of_classes_must_mean_what_they_mean_in_training(tmp_path):

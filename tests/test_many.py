@@ -294,9 +294,10 @@ def test_the_launcher_chooses_the_folder_and_keeps_a_chosen_one(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     common = ["launch", "--cpu", "--num-processes", "2", "--model", "m", "--train", "mail.csv"]
-    assert main(common) == main([*common, "--out", "mine"]) == 0
+    assert main(common) == main([*common, "--rank", "4"]) == main([*common, "--out", "mine"]) == 0
     assert [words[words.index("--out") + 1] for words in started] == [
-        "runs/mail-lora-rank-8",
+        "runs/mail-lora",
+        "runs/mail-lora-rank-4",
         "mine",
     ]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from espalier.errors import SettingError
-from espalier.tasks import metrics
+from espalier.tasks import Multilabel, metrics
 from espalier.tasks.metrics import TextLoss
 from espalier.tasks.spans import entity_scores, spans
 
@@ -131,3 +131,13 @@ def test_missing_extras_are_named(monkeypatch, function, module):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SettingError, match=r"pip install 'espalier\[metrics\]'"):
         function(["a"], ["a"])
+
+
+def test_the_same_labels_for_all_rows_are_said():
+    task = Multilabel({"text": "text", "label": "labels"}, ("a", "b", "c"))
+    assert "gives all 2 rows no label:" in (task.doubt([[], []], [[0], [1]]) or "")
+    same = task.doubt([[0, 2], [0, 2]], [[0], [1]])
+    assert "gives all 2 rows the same labels, a, c:" in (same or "")
+    assert "class" not in (same or "")
+    assert task.doubt([[], [1]], [[0], [1]]) is None
+    assert task.doubt([[], []], [[], []]) is None  # it is right

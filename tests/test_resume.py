@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,3 +145,16 @@ def test_of_a_changed_recipe_the_message_has_what_differs(now: Any, said: str) -
 
 def _interrupted(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_a_result_with_other_fields_is_another_versions(
+    whole: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole[1], run)
+    kept = json.loads((run / "result.json").read_text())
+    del kept["metric"], kept["doubt"]
+    (run / "result.json").write_text(json.dumps(kept))
+    config = RunConfig.from_yaml(run / "config.yaml", {"out": run, "resume": True})
+    with pytest.raises(CheckpointError, match=r"result\.json was written by another version"):
+        esp.train(config)

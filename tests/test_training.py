@@ -15,6 +15,7 @@ import yaml
 
 import espalier as esp
 import tiny_runs as tiny
+from espalier.checkpoint import read_card
 from espalier.errors import AdapterError, CheckpointError, SettingError, TrainingError
 from espalier.training import RunConfig
 from espalier.training.logs import quiet, screen
@@ -185,6 +186,28 @@ def test_among_equals_the_lower_loss_is_the_best(capsys: pytest.CaptureFixture[s
     assert "best so far, by accuracy" in said
     assert f"kept from step {last['step']}: the best accuracy on validation data" in said
     assert f"({last['accuracy']:.4g})" in said
+
+
+def test_patience_is_for_the_metric_and_a_lower_loss_is_kept_all_the_same() -> None:
+    result = esp.fit(
+        tiny.bert(**CLASSES), tiny.tokenizer(), tiny.reviews(), lr=1e-6, head_lr=1e-6, patience=2,
+        **COMMON | {"epochs": 20},
+    )  # fmt: skip
+    checks = [line for line in result.history if line["kind"] == "validation"]
+    first, *_, last = checks
+    assert len(checks) == 3
+    assert first["accuracy"] == last["accuracy"]
+    assert first["loss"] > last["loss"]
+    assert result.best["step"] == last["step"]
+
+
+@pytest.mark.parametrize(("dtype", "said"), [(torch.bfloat16, "bf16"), (torch.float32, "fp32")])
+def test_the_card_says_what_a_base_in_hand_computed_in(
+    dtype: torch.dtype, said: str, tmp_path: Path
+) -> None:
+    model, out = tiny.bert(**CLASSES).to(dtype), tmp_path / "run"
+    esp.fit(model, tiny.tokenizer(), tiny.reviews(), out=out, precision="fp32", **COMMON)
+    assert read_card(out)["extras"]["precision"] == said
 
 
 def test_keep_last(capsys: pytest.CaptureFixture[str]) -> None:

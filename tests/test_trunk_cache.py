@@ -296,7 +296,7 @@ def test_room_is_made_of_the_longest_unused_states_and_of_nothing_else(tmp_path:
         ({"method": "LoRA(sites='embedding')"}, r"acts at bert\.embeddings\S+, below the blocks"),
         ({"method": "PromptTuning(length=2)"}, "puts words among those of the text"),
         ({"method": "PTuningV2(length=2)"}, r"in the first block.*block@last2"),
-        ({"trunk_limit": 1e-6}, r"1 state of 1\d\d tokens take 1\d kB, more than trunk_limit: 1e"),
+        ({"trunk_limit": 1e-6}, r"1 state of 1\d\d tokens take 1\d kB, more than trunk_limit=1e"),
         ({"trunk_cache": "none", "trunk_folder": "x"}, "trunk_folder is for trunk_cache='disk'"),
     ],
 )  # fmt: skip

@@ -131,7 +131,8 @@ def open_adapter(
         folder: A folder that `esp.save` or a run wrote.
         base: Where the base model is, if not where the card says.
         precision: The base's numbers; auto is what the adapter was trained in, where the device
-            is made for it.
+            is made for it. Of an adapter whose card does not say, auto is that of a run: bf16 on
+            GPUs and CPUs with units for it (on a CPU for models at least 256 wide), else fp32.
         quantize: How the base's layers are stored, if not as they were in training.
 
     Raises:

@@ -122,6 +122,11 @@ class Recipe:
     def __str__(self) -> str:
         return " + ".join(_terse(method) for method in self.methods)
 
+    @property
+    def changes(self) -> str:
+        """The recipe with nothing but what differs from the methods' defaults."""
+        return " + ".join(_terse(method, sized=False) for method in self.methods)
+
 
 # Sums with a name of their own (MAM, UniPELT): functions from settings to a recipe, by name.
 NAMED_SUMS: dict[str, Callable[..., Recipe]] = {}
@@ -268,17 +273,18 @@ def _from_json(value: Any) -> Any:
     return tuple(_from_json(one) for one in value) if isinstance(value, list | tuple) else value
 
 
-def _terse(method: Method) -> str:
+def _terse(method: Method, sized: bool = True) -> str:
     """A method with what differs from its defaults, and its size: its first whole number."""
     fields = {f.name: f.default for f in dataclasses.fields(method)}  # type: ignore[arg-type]
     values = {name: getattr(method, name) for name in fields}
-    size = next((n for n, v in values.items() if type(v) is int and v > 0), None)
-    told = (f"{n}={_shown(v)}" for n, v in values.items() if n == size or v != fields[n])
+    whole = (n for n, v in values.items() if sized and type(v) is int and v > 0)
+    shown = {next(whole, None), *(n for n, v in values.items() if v != fields[n])}
+    told = (f"{n}={_shown(v, sized)}" for n, v in values.items() if n in shown)
     return f"{type(method).__name__}({', '.join(told)})"
 
 
-def _shown(value: Any) -> str:
-    return _terse(value) if isinstance(value, Method) else repr(value)
+def _shown(value: Any, sized: bool) -> str:
+    return _terse(value, sized) if isinstance(value, Method) else repr(value)
 
 
 def check(method: Method, name: str, ok: bool, what: str) -> None:

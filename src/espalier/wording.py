@@ -7,6 +7,7 @@ which of the two it is, for as long as it runs.
 from __future__ import annotations
 
 import contextlib
+import json
 import shlex
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
@@ -41,5 +42,13 @@ def setting(name: str, value: Any = _UNSAID) -> str:
     if value is False:
         return flag(f"no_{name}")
     if isinstance(value, Mapping):
-        value = ",".join(f"{key}={part}" for key, part in value.items())
+        value = _pairs(value)
     return f"{flag(name)} {shlex.quote(str(value))}"
+
+
+def _pairs(value: Mapping[Any, Any]) -> str:
+    """`text=review,label=stars`, or JSON where a name has marks that would part it."""
+    words = [str(word) for pair in value.items() for word in pair]
+    if all(word and word == word.strip() and not set(word) & set(",={") for word in words):
+        return ",".join(f"{key}={part}" for key, part in value.items())
+    return json.dumps(dict(value), ensure_ascii=False)

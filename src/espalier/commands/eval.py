@@ -25,7 +25,7 @@ from espalier.errors import SettingError
 
 if TYPE_CHECKING:
     from espalier.generation import Adapted
-    from espalier.tasks import Row
+    from espalier.tasks import Row, Task
     from espalier.training.evaluate import Measured
 
 EXAMPLE = """\
@@ -58,6 +58,8 @@ def command(
     """Measure a trained adapter on labelled data: loss and the metrics of its task."""
     if split not in (None, "train", "validation", "test"):
         raise SettingError(f"--split must be train, validation or test; got {split!r}.")
+    if split is not None and data is not None and Path(data).expanduser().is_file():
+        raise SettingError(f"--split is for data sets with splits; {data} is one file.")
     if data is None and columns is not None:
         raise SettingError("--columns is for --data: the run's own is read as the run read it.")
     names = None
@@ -90,22 +92,54 @@ def command(
 
 
 def _own_rows(run: str, split: str | None) -> tuple[str, str, list[Row]]:
-    """Where the run's own rows are from, which of them are to be measured on, and they."""
+    """Where the run's own rows are from, which of them are to be measured on, and they.
+
+    A split that is a source, or part of one, is read in the terms of the adapter's task. Which
+    rows were set aside from training only the whole of it tells, read as the run read it.
+    """
     from espalier.checkpoint import read_card
+    from espalier.data import own_split
+    from espalier.tasks import task_from_extras
     from espalier.training.config import RunConfig
     from espalier.training.prepare import IN_MEMORY, read_data
 
-    read_card(run)  # what is no run at all is said first
+    card = read_card(run)  # what is no run at all is said first
     path = Path(run) / "config.yaml"
     config = RunConfig.from_yaml(path) if path.is_file() else None
-    if config is None or IN_MEMORY in (config.train, config.validation, config.test):
-        raise SettingError(f"{run} names no data to measure on; give it with --data.")
-    splits = read_data(config).splits
-    split = split or ("test" if "test" in splits else "validation")
-    if split not in splits:
-        have = " and ".join(splits)
+    none = SettingError(f"{run} names no data to measure on; give it with --data.")
+    if config is None:
+        raise none
+    task = task_from_extras(card["extras"])
+    for name in ("test", "validation") if split is None else (split,):
+        source = getattr(config, name) or config.train
+        if source == IN_MEMORY:
+            raise none
+        rows = None if name == "train" else own_split(config, task, name)
+        if rows is not None:
+            return source, name, rows
+    if IN_MEMORY in (config.train, config.validation):
+        raise none
+    data, split = read_data(config.replace(test=None)), split or "validation"
+    if split not in data.splits:
+        have = " and ".join(data.splits)
         raise SettingError(f"{run} has no {split} rows, but {have}; give others with --data.")
-    return getattr(config, split) or config.train, split, splits[split]
+    _check_same(data.task, task)
+    return config.train, split, data.splits[split]
+
+
+def _check_same(now: Task, then: Task) -> None:
+    """Refuse training data that makes another task than it made for the run."""
+    for what, *pair in (
+        ("task", [now.name], [then.name]),
+        ("columns", now.columns.values(), then.columns.values()),
+        ("labels", now.labels or (), then.labels or ()),
+    ):
+        found, known = map(", ".join, pair)
+        if found != known:
+            raise SettingError(
+                f"The training data has changed since the run. Its {what} then: {known}; now: "
+                f"{found}. Give rows with --data."
+            )
 
 
 def _measure(at: Adapted, rows: list[Row], batch: int) -> Measured:

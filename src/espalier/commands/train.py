@@ -88,7 +88,7 @@ def assemble(path: Path | None, typed: dict[str, Any], words: list[str]) -> RunC
         from espalier.recipes import recipe
         from espalier.training.folders import choose
 
-        run = run.replace(out=choose(run, str(recipe(run.method))))
+        run = run.replace(out=choose(run, recipe(run.method)))
     return run
 
 

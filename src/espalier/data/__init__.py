@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from espalier.data.batching import batches, in_order
 from espalier.data.checking import Report, check
-from espalier.data.loading import TaskData, read_rows, read_task
+from espalier.data.loading import TaskData, own_split, read_rows, read_task
 from espalier.data.packing import pack, packing_refusal
 from espalier.tasks import Row
 
@@ -15,6 +15,7 @@ __all__ = [
     "batches",
     "check",
     "in_order",
+    "own_split",
     "pack",
     "packing_refusal",
     "read_rows",

@@ -78,18 +78,25 @@ def build_task(
 def check_numbers(task: Task, rows: Iterable[Row], names: Mapping[str, Sequence[str]]) -> None:
     """Refuse a class's number that is another class by the `names` of the rows' own source.
 
+    Names that differ in capitals or outer spaces are one class's.
+
     Raises:
         DataError: there is one; says what it means here and what in training.
     """
-    if not isinstance(task, Classification | Multilabel | Tokens) or not task.indexed:
+    flags = isinstance(task, Multilabel) and task.flags
+    if not (flags or (isinstance(task, Classification | Multilabel | Tokens) and task.indexed)):
         return
     column, trained = task.columns["tags" if task.name == "tokens" else "label"], task.labels or ()
     own = _stated_names(column, names) if _is_named(column, names) else None
-    for row in rows if own is not None and tuple(own) != trained else ():
+    pairs = list(zip(own or (), trained, strict=False))
+    other = {at for at, (a, b) in enumerate(pairs) if a.strip().casefold() != b.strip().casefold()}
+    for row in rows if own is not None and other else ():
         value = row.values.get(column)
-        for number in map(as_number, value if isinstance(value, list | tuple) else [value]):
+        values = value if isinstance(value, list | tuple) else [value]
+        values = [at for at, flag in enumerate(values) if flag] if flags else values
+        for number in map(as_number, values):
             at = int(number) if number is not None and number.is_integer() else -1
-            if own is not None and 0 <= at < min(len(own), len(trained)) and own[at] != trained[at]:
+            if own is not None and at in other:
                 raise DataError(
                     f"{row.where}: label {at} is {own[at]!r} by the label names of this data, and "
                     f"{trained[at]!r} by those of training. Give names in place of numbers, or the "

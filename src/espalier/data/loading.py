@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from espalier.data.building import build_task, check_numbers
 from espalier.data.columns import recognise
@@ -14,6 +15,9 @@ from espalier.errors import DataError, SettingError
 from espalier.tasks import Causal, Row, Task, task_class
 from espalier.tasks.rows import is_missing
 from espalier.wording import setting
+
+if TYPE_CHECKING:
+    from espalier.training.config import RunConfig
 
 
 @dataclass
@@ -145,6 +149,26 @@ def read_rows(
     return [own.read(row, labelled) for row in rows[:limit]]
 
 
+def own_split(config: RunConfig, task: Task, split: str) -> list[Row] | None:
+    """A run's validation or test rows, in the terms of the task that it trained for.
+
+    None where the run has none but what may have been set aside from its training rows.
+
+    Raises:
+        DataError: something cannot be read or used; names file and line.
+    """
+    named = getattr(config, split)
+    source = named or config.train
+    raw = read_source(source, config.documents, split if named else "train")
+    rows = _split_of(raw, split, source) if named else raw.splits.get(split, [])
+    if not named and (not rows or _unlabelled(rows, task.columns.get("label"))):
+        return None
+    own = task_with_columns(task, rows, None, True)
+    check_numbers(own, rows, raw.label_names)
+    found = [own.read(row) for row in rows]
+    return found if config.limit is None else _limited(own, found, config.limit, config.seed)
+
+
 def task_with_columns(
     task: Task, rows: Sequence[Row], columns: Mapping[str, str] | None, labelled: bool
 ) -> Task:
@@ -178,15 +202,18 @@ def _leave_out_unlabelled(
     raw: Raw, form: Form, notes: list[str], given: Mapping[str, Source | None]
 ) -> None:
     """Drop splits that come without labels (-1 everywhere), as hub test sets often do."""
-    column = form.columns.get("label")
-    if column is None:
-        return
     for name in ("validation", "test"):
-        rows = raw.splits.get(name, [])
-        blank = all(is_missing(v := row.values.get(column)) or v == -1 for row in rows)
-        if rows and blank and given.get(name) is None:
+        blank = _unlabelled(raw.splits.get(name, []), form.columns.get("label"))
+        if blank and given.get(name) is None:
             del raw.splits[name]
             notes.append(f"{name} has no labels and is left out")
+
+
+def _unlabelled(rows: Sequence[Row], column: str | None) -> bool:
+    """Whether there are rows, and none of them has its answer in the column of labels."""
+    if column is None or not rows:
+        return False
+    return all(is_missing(v := row.values.get(column)) or v == -1 for row in rows)
 
 
 def _set_aside(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from espalier.errors import DataError
 from espalier.tasks.classification import collate_rows, encode_rows, read_texts, texts_key
-from espalier.tasks.labels import class_settings, label_id, one_answer
+from espalier.tasks.labels import class_settings, label_id
 from espalier.tasks.metrics import multilabel_scores
 from espalier.tasks.rows import Row, cell, is_missing, kind, shown
 from espalier.tasks.task import Example, Piece, Task
@@ -110,11 +110,16 @@ class Multilabel(Task):
         self, predictions: Sequence[list[int]], references: Sequence[list[int]]
     ) -> str | None:
         """See `Task.doubt`: all rows get the same classes."""
-        given, right = (
-            (", ".join(self.decode(ids)) or "(none)" for ids in some)
-            for some in (predictions, references)
+        given, right = (set(map(tuple, some)) for some in (predictions, references))
+        if len(given) != 1 or len(right) < 2:
+            return None
+        names = ", ".join(self.decode(predictions[0]))
+        return (
+            f"The model gives all {len(predictions):,} rows "
+            f"{f'the same labels, {names}' if names else 'no label'}: the text makes no difference "
+            "to it. Try more steps, another learning rate, or rows in which the labels are more "
+            "even."
         )
-        return one_answer(given, right)
 
     def decode(self, prediction: list[int]) -> list[str]:
         """The classes' names."""

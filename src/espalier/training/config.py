@@ -188,7 +188,10 @@ class RunConfig(BaseModel):
         None, ge=1, description="Steps between saves for resuming; each epoch if left out."
     )
     patience: int | None = Field(
-        None, ge=1, description="Stop after this many evaluations without a better result."
+        None,
+        ge=1,
+        description="Stop after this many evaluations in which the task's metric is not bettered; "
+        "a lower loss alone does not count.",
     )
     keep: Literal["best", "last"] = Field(
         "best",
@@ -288,7 +291,8 @@ class RunConfig(BaseModel):
     def rows(self) -> int:
         """Examples per micro-batch, once that of `batch: auto` is known."""
         if self.batch == "auto":
-            raise SettingError("batch: auto is settled by a run when its data is read")
+            auto = setting("batch", "auto")
+            raise SettingError(f"{auto} is settled by a run when its data is read")
         return self.batch
 
     @property

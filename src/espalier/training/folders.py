@@ -17,6 +17,7 @@ from pathlib import Path
 
 from espalier.container import write_text
 from espalier.errors import CheckpointError, SettingError
+from espalier.recipes import Recipe
 from espalier.training.config import RunConfig
 from espalier.training.memory import in_words
 from espalier.wording import setting
@@ -25,13 +26,16 @@ AS_TRAINED = "adapter-as-trained"  # with what only training needed, to train on
 _LEAST = 20_000_000  # bytes: less than this is not worth starting with
 
 
-def choose(config: RunConfig, method: str) -> Path:
-    """The run folder's path: `out`, or the first free runs/<data>-<method>[-n]."""
+def choose(config: RunConfig, parts: Recipe) -> Path:
+    """The run folder's path: `out`, or the first free runs/<data>-<method>[-n].
+
+    Of the method's settings it names those that differ from their defaults.
+    """
     if config.out is not None:
         return config.out
     data = Path(config.train)
     name = data.parent.name if data.stem in ("train", "training", "data") else data.stem
-    return first_free(re.sub(r"[^\w.]+", "-", f"{name}-{method}".lower()).strip("-"))
+    return first_free(re.sub(r"[^\w.]+", "-", f"{name}-{parts.changes}".lower()).strip("-"))
 
 
 def first_free(stem: str) -> Path:
@@ -122,5 +126,5 @@ def _check_writable(path: Path) -> None:
     except OSError as error:
         raise CheckpointError(
             f"The run folder {path} cannot be written: {error.strerror or error} ({where}). "
-            "Choose another out."
+            f"Choose another {setting('out')}."
         ) from error

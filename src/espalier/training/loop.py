@@ -276,14 +276,16 @@ class Loop:
         start = time.perf_counter()
         metrics, doubt = self.evaluate(job.validation)
         self.at.latest, self.at.latest_doubt = metrics, doubt
-        better = self.life.settled and _better(metrics, self.at.best, job.task.best)
+        settled = self.life.settled  # what a method has not settled yet is never kept
+        gained = settled and _gained(metrics, self.at.best, job.task.best)
+        better = gained or (settled and _closer(metrics, self.at.best, job.task.best))
         if better:
             self.at.best, self.at.best_doubt = metrics, doubt
-            self.at.best_step, self.at.stale = self.at.step, 0
+            self.at.best_step = self.at.step
             if config.keep == "best":
                 self.best = [p.detach().cpu().clone() for p in self.parameters]
-        elif self.life.settled:  # what a method has not settled yet is never kept
-            self.at.stale += 1
+        if settled:
+            self.at.stale = 0 if gained else self.at.stale + 1
             self.at.stopped = config.patience is not None and self.at.stale >= config.patience
         seconds = round(time.perf_counter() - start, 4)
         where = {"step": self.at.step, "epoch": self._epochs_done}
@@ -320,11 +322,14 @@ def head_rate(job: Job) -> float:
     return max(job.lr, min(2e-2, 8 / width)) if width else job.lr
 
 
-def _better(found: Mapping[str, float], best: Mapping[str, float], goal: tuple[str, str]) -> bool:
-    """Whether an evaluation beats the best so far: by the task's metric, among equals by loss."""
+def _gained(found: Mapping[str, float], best: Mapping[str, float], goal: tuple[str, str]) -> bool:
+    """Whether an evaluation beats the best so far by the task's metric."""
     name, way = goal
     if not best or math.isnan(best[name]):
         return True
-    if found[name] == best[name]:
-        return found["loss"] < best["loss"]
     return found[name] > best[name] if way == "max" else found[name] < best[name]
+
+
+def _closer(found: Mapping[str, float], best: Mapping[str, float], goal: tuple[str, str]) -> bool:
+    """Whether an evaluation equals the best so far in the task's metric, with a lower loss."""
+    return found[goal[0]] == best[goal[0]] and found["loss"] < best["loss"]

@@ -78,7 +78,9 @@ class Material:
 
     @property
     def precision(self) -> str:
-        """fp32 or bf16."""
+        """fp32 or bf16; a base in bf16 computes in bf16, whatever the settings are."""
+        if self.model.dtype == torch.bfloat16:
+            return "bf16"
         return models.precision_of(self.config.precision, self.device, self.model.config)
 
 
@@ -179,8 +181,8 @@ def config_in_hand(
     """The settings of a run on objects in hand; `sources` are train, validation and test."""
     if settings.get("quantize") not in (None, "none"):
         raise SettingError(
-            "quantize loads a base in few bits, and this model is loaded: call "
-            f"esp.quantize(model, {settings['quantize']!r}) before esp.fit."
+            f"{setting('quantize', settings['quantize'])} loads a base in few bits, and this model "
+            f"is loaded: call esp.quantize(model, {settings['quantize']!r}) before esp.fit."
         )
 
     def named(source: Any) -> str | None:

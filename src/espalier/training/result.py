@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from espalier.container import write_text
+from espalier.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,17 @@ class RunResult:
 
     @staticmethod
     def read(folder: Path) -> RunResult:
-        """The result of a finished run."""
+        """The result of a finished run.
+
+        Raises:
+            CheckpointError: result.json has other fields.
+        """
         kept = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return RunResult(**kept | {"folder": folder, "history": [json.loads(x) for x in lines]})
+        kept |= {"folder": folder, "history": [json.loads(line) for line in lines]}
+        if kept.keys() != {field.name for field in dataclasses.fields(RunResult)}:
+            raise CheckpointError(
+                f"{folder / 'result.json'} was written by another version of Espalier: its adapter "
+                "can be used, and the run made anew in another folder."
+            )
+        return RunResult(**kept)

@@ -55,7 +55,7 @@ def train(config: RunConfig) -> RunResult:
     """
     parts = recipe(config.method)
     config = config.replace(method=parts.to_json())  # in full, however it was written
-    out = _set_out(config, None if config.dry_run else folders.choose(config, str(parts)))
+    out = _set_out(config, None if config.dry_run else folders.choose(config, parts))
     if out.done:
         return out.done
     with quiet(None):

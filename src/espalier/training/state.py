@@ -46,7 +46,7 @@ class Position:
     step: int = 0  # optimiser steps done
     epoch: int = 0
     index: int = 0  # steps done in this epoch
-    stale: int = 0  # evaluations since the best one
+    stale: int = 0  # evaluations since the task's metric was last bettered
     stopped: bool = False  # ended early
     best: dict[str, float] = field(default_factory=dict)  # metrics of the best evaluation
     best_doubt: str | None = None  # see `Task.doubt`

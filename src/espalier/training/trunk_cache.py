@@ -35,6 +35,7 @@ from espalier.training.progress import duration
 from espalier.training.state import fingerprint
 from espalier.trunk import Cut, Replay, State, cut
 from espalier.verbs import only_active
+from espalier.wording import setting
 
 if TYPE_CHECKING:
     from espalier.training.job import Job
@@ -76,7 +77,9 @@ class TrunkCache:
         few = [by_length[0], by_length[-1]]
         batch, again = job.collate(few), job.collate(few)
         if any(not torch.equal(batch[name], again[name]) for name in batch):
-            raise SettingError("trunk_cache: the task makes other inputs of an example each time")
+            raise SettingError(
+                f"{self._setting}: the task makes other inputs of an example each time"
+            )
         self.cut = self._cut(few, batch)
         self.stores: list[tuple[Examples, store.Store]] = []
         self.replay = Replay(job.model, self.cut)
@@ -110,6 +113,10 @@ class TrunkCache:
         if self.job.config.steps is None and seen <= 1:
             lines.append("  the run sees each example once: a cache pays from the second epoch on")
         return lines
+
+    @property
+    def _setting(self) -> str:
+        return setting("trunk_cache", self.job.config.trunk_cache)
 
     @property
     def _number(self) -> str:
@@ -152,7 +159,7 @@ class TrunkCache:
         try:
             return cut(self.job.model, lambda: self._loss(few, batch))
         except SettingError as error:
-            raise SettingError(f"trunk_cache: {error}") from None
+            raise SettingError(f"{self._setting}: {error}") from None
 
     def _loss(self, few: Examples, batch: Mapping[str, Tensor]) -> float:
         job = self.job
@@ -170,7 +177,7 @@ class TrunkCache:
         slack = 1e-3 if self.job.precision == "fp32" else 3e-2
         if not (math.isclose(live, given, rel_tol=slack, abs_tol=slack) or math.isnan(live)):
             raise SettingError(
-                f"trunk_cache: with kept states the loss of two examples is {given:.6g}, and "
+                f"{self._setting}: with kept states the loss of two examples is {given:.6g}, and "
                 f"{live:.6g} without: {type(self.job.model).__name__} does more between its blocks "
                 "than hand states on, so none can be left out"
             )
@@ -208,16 +215,18 @@ class TrunkCache:
     def _check_room(self) -> None:
         config, size = self.job.config, sum(layout.bytes for _, layout in self.layouts)
         tokens = sum(layout.tokens for _, layout in self.layouts)
-        takes = f"trunk_cache: {self._number} of {tokens:,} tokens take {in_words(size)}"
+        takes = f"{self._setting}: {self._number} of {tokens:,} tokens take {in_words(size)}"
         ways = "let the method act in fewer stacks or layers, or use fewer or shorter examples"
         if size > config.trunk_limit * 1e9:
             raise SettingError(
-                f"{takes}, more than trunk_limit: {config.trunk_limit:g} (GB). Raise it, or {ways}"
+                f"{takes}, more than {setting('trunk_limit', config.trunk_limit)} (GB). "
+                f"Raise it, or {ways}"
             )
         if config.trunk_cache == "memory":
             import psutil
 
-            free, where = psutil.virtual_memory().available, "of memory are free; use disk"
+            free = psutil.virtual_memory().available
+            where = f"of memory are free; use {setting('trunk_cache', 'disk')}"
         else:
             size = sum(at.bytes for split, at in self.layouts if not self._found(split, at))
             there = next(p for p in (self.root, *self.root.absolute().parents) if p.exists())

@@ -32,6 +32,7 @@ from torch import Tensor
 from espalier.container import NAMES
 from espalier.errors import CheckpointError, SettingError
 from espalier.trunk import State
+from espalier.wording import setting
 
 SHARD = 1_000_000_000  # bytes
 _INDEX, _WRITING = "index.json", "writing-"
@@ -162,8 +163,8 @@ class Batch:
         count, size = x.shape[:2]
         if len(lengths) != count or int(lengths.max()) > size:
             raise SettingError(
-                f"trunk_cache: the {stack} runs on {count} rows of {size} tokens where states of "
-                f"{len(lengths)} rows of up to {int(lengths.max())} were kept"
+                f"{setting('trunk_cache')}: the {stack} runs on {count} rows of {size} tokens "
+                f"where states of {len(lengths)} rows of up to {int(lengths.max())} were kept"
             )
         rows = self.kept.read(stack, self.rows).to(x.device, non_blocking=True)
         if len(rows) == count * size:
