@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import espalier as esp
 from espalier.errors import CheckpointError, SettingError, SiteError
+from espalier.shipped import demo_model
 from zoo import BY_NAME, Case, logits, train
 
 FAMILY = {
@@ -558,6 +559,30 @@ def test_backward_keeps_the_narrow_product_where_a_is_frozen(recipe: str) -> Non
         model(x).sum()
     assert (5, 2) in shapes
     assert ((5, 64) in shapes) == ("freeze_a" not in recipe)
+
+
+def moved_in_five_steps(recipe: str) -> float:
+    """How far Adam at the recipe's own rate takes a weight, relative to the weight."""
+    torch.manual_seed(0)
+    model = tf.AutoModelForSequenceClassification.from_pretrained(demo_model(), num_labels=2).eval()
+    batch = {"input_ids": torch.randint(1000, 9000, (8, 12)), "labels": torch.arange(8) % 2}
+    weight: nn.Parameter = model.bert.encoder.layer[3].intermediate.dense.weight
+    before = weight.detach().clone()
+    esp.attach(model, recipe, "mine")
+    groups = esp.groups(model, learning_rate=esp.recipe(recipe).learning_rate)
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
+    for _ in range(5):
+        model(**batch).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    esp.merge(model)
+    return ((weight.detach() - before).norm() / before.norm()).item()
+
+
+def test_default_rates_take_weights_about_as_far() -> None:
+    lora = moved_in_five_steps("LoRA()")
+    for recipe in ("LoRA(init='pissa')", "LoRA(plus=16.0)", "LoRA(dora=True)"):
+        assert 0.3 < moved_in_five_steps(recipe) / lora < 4
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])

@@ -29,7 +29,7 @@ from espalier.places import Site, Sites
 from espalier.plain.directed import Directed
 from espalier.plain.lowrank import LowRank, LowRankConv, LowRankEmbedding, Unchanged
 from espalier.plain.standing import can_fold, ranked, refusal
-from espalier.plain.starts import RANDOM, principal, principal_factors
+from espalier.plain.starts import RANDOM, pace, principal, principal_factors
 from espalier.plain.whole import replacements
 from espalier.recipes import Method, check
 
@@ -93,6 +93,7 @@ class LoRA(Method):
         check(self, "dora", not (self.dora and 0 in self.ranks), "False where a rank is 0")
         clash = self.freeze_a and principal(self.init)
         check(self, "freeze_a", not clash, f"False: {self.init} trains the A that it takes from W")
+        object.__setattr__(self, "learning_rate", pace(self.init, self.plus))
 
     @property
     def scale(self) -> float:
