@@ -49,8 +49,8 @@ def principal(name: str) -> bool:
 def pace(init: str, plus: float) -> float:
     """A learning rate at which W moves in a step about as far as at 5e-4 with a random A.
 
-    With both factors within W it moves three times as far at the same rate, with a B that learns
-    16 times as fast eleven times. On two sentences' likeness either made all texts alike so.
+    At the same rate it moves three times as far with both factors within W, and eleven times with
+    a B that learns 16 times as fast: so far that all texts became alike.
     """
     return 2e-4 if principal(init) else 5e-4 / math.sqrt(plus)
 
