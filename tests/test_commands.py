@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import shlex
@@ -370,6 +371,18 @@ def test_predict_hands_rows_back_in_order(world: World, tmp_path: Path, espalier
     assert all(r["prediction"] in ("good", "bad") and 0.5 <= r["probability"] <= 1 for r in rows)
     some = espalier("predict", world.classifier, "--data", world.test, "--limit", 2).out
     assert [json.loads(line) for line in some.splitlines()] == rows[:2]
+    saying = ["is there already", "--overwrite"]
+    again = ("predict", world.classifier, "--data", world.test, "--out")
+    espalier.fails(*again, out, saying=saying)
+    espalier.fails(*again, world.test, saying=saying)  # its own input
+    assert read_rows(world.test) == given
+    assert espalier(*again, out, "--overwrite", "--limit", 1).code == 0
+    assert read_rows(out) == rows[:1]
+    assert espalier(*again, tmp_path / "p.csv").code == 0
+    with (tmp_path / "p.csv").open(newline="") as file:
+        assert [row["prediction"] for row in csv.DictReader(file)] == [
+            r["prediction"] for r in rows
+        ]
     one = espalier("predict", world.classifier, given[0]["text"])
     assert json.loads(one.out)["prediction"] == rows[0]["prediction"]
 

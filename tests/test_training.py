@@ -366,7 +366,8 @@ def test_generated_answers_are_scored() -> None:
         tiny.llama(), tiny.tokenizer("gpt2"), tiny.sums(), lr=0.02, epochs=2, generate=True,
         max_new_tokens=4, **COMMON,
     )  # fmt: skip
-    assert {"exact_match", "bleu", "rouge_l"} <= set(result.metrics["validation"])
+    written = [result.metrics["validation"][name] for name in ("exact_match", "bleu", "rouge_l")]
+    assert all(0 <= score <= 1 for score in written)
 
 
 def test_training_goes_on_with_an_attached_adapter() -> None:

@@ -21,7 +21,7 @@ from espalier.commands.adapters import (
     shown_values,
 )
 from espalier.commands.noise import aside
-from espalier.commands.predict import check_target, write_lines
+from espalier.commands.predict import Overwrite, check_target, write_lines
 from espalier.commands.screen import say, whisper
 from espalier.errors import SettingError
 
@@ -52,11 +52,14 @@ def command(
         list[str] | None, typer.Option(help="What to answer or go on from; may be repeated.")
     ] = None,
     data: Annotated[str | None, typer.Option(help="File with prompts; - reads stdin.")] = None,
-    out: Annotated[str, typer.Option(help="File for the answers as JSON lines; - prints.")] = "-",
+    out: Annotated[
+        str, typer.Option(help="File for the answers, as .csv or else JSON lines; - prints.")
+    ] = "-",
     max_new_tokens: Tokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
+    overwrite: Overwrite = False,
     num_beams: Beams = None,
     repetition_penalty: Penalty = None,
     seed: Seed = 0,
@@ -72,7 +75,7 @@ def command(
     if bool(prompt) == bool(data):
         raise SettingError("Give either --prompt or --data.")
     if out != "-":
-        check_target(Path(out))
+        check_target(Path(out), overwrite)
     from espalier.tasks import Row
 
     rows = raw_rows(data) if data else [Row({TYPED: t}, "--prompt") for t in prompt or ()]

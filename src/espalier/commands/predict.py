@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,6 +34,7 @@ EXAMPLE = """\
 espalier predict runs/reviews-lora "A film to remember."
 espalier predict runs/reviews-lora --data new.csv --out predictions.jsonl
 cat new.jsonl | espalier predict runs/reviews-lora --data - > predictions.jsonl"""
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace --out if it is there.")]
 
 
 def command(
@@ -41,8 +44,12 @@ def command(
         str | None, typer.Option(help="File with rows; - reads JSON lines or texts from stdin.")
     ] = None,
     out: Annotated[
-        str, typer.Option(help="File for rows with predictions, as JSON lines; - prints them.")
+        str,
+        typer.Option(
+            help="File for rows with predictions, as .csv or else JSON lines; - prints them."
+        ),
     ] = "-",
+    overwrite: Overwrite = False,
     columns: Annotated[
         str | None, typer.Option(help="Which column plays which part: text=review.")
     ] = None,
@@ -56,7 +63,7 @@ def command(
     if bool(texts) == bool(data):
         raise SettingError("Give either texts or --data.")
     if out != "-":
-        check_target(Path(out))
+        check_target(Path(out), overwrite)
     from espalier.tasks import Row
 
     rows = raw_rows(data) if data else [Row({TYPED: t}, "argument") for t in texts or ()]
@@ -75,24 +82,40 @@ def command(
         whisper(f"{len(rows):,} rows with predictions are in {out}.")
 
 
-def as_line(row: dict[str, Any]) -> str:
-    """A row as one JSON line; dates and the like as text."""
+def as_line(row: Any) -> str:
+    """A row, or a cell of one, as one JSON line; dates and the like as text."""
     return json.dumps(row, ensure_ascii=False, default=str)
 
 
-def check_target(path: Path) -> None:
-    """Refuse a file that cannot be written, before any work is done."""
+def check_target(path: Path, overwrite: bool) -> None:
+    """Refuse a file that is there or cannot be written, before any work is done."""
     from espalier.training.folders import write_text
 
     if path.is_dir():
         raise SettingError(f"--out {path} is a folder; name a file.")
+    if path.exists() and not overwrite:
+        raise SettingError(
+            f"--out {path} is there already; name another file, or replace it with --overwrite."
+        )
     probe = path.with_name(f".{path.name}.probe")
     write_text(probe, "")
     probe.unlink()
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows as JSON lines; the file appears whole or not at all."""
+    """Write rows as JSON lines, or as a table into a .csv; the file appears whole or not at all."""
     from espalier.training.folders import write_text
 
-    write_text(path, "".join(as_line(row) + "\n" for row in rows))
+    if path.suffix.lower() != ".csv":
+        write_text(path, "".join(as_line(row) + "\n" for row in rows))
+        return
+    table, text = list(rows), io.StringIO()
+    columns = dict.fromkeys(name for row in table for name in row)
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    for row in table:
+        nested = {
+            name: as_line(cell) for name, cell in row.items() if isinstance(cell, dict | list)
+        }
+        writer.writerow(row | nested)
+    write_text(path, text.getvalue())

@@ -146,10 +146,10 @@ def rouge_l(predicted: Sequence[str], right: Sequence[str]) -> float:
 
 
 def generation_scores(predicted: Sequence[str], right: Sequence[str]) -> dict[str, float]:
-    """exact_match, bleu and rouge_l of generated texts against one reference each."""
+    """exact_match, bleu and rouge_l of generated texts, each from 0 to 1; one reference each."""
     return {
         "exact_match": exact_match(predicted, right),
-        "bleu": bleu(predicted, right),
+        "bleu": bleu(predicted, right) / 100,
         "rouge_l": rouge_l(predicted, right),
     }
 
