@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from safetensors.torch import load_file
 
 import espalier as esp
 import tiny_runs as tiny
@@ -572,6 +573,16 @@ def test_doctor_names_the_fix(espalier: Command, monkeypatch: pytest.MonkeyPatch
 
 
 # -------------------------------------------------------------------------------- merge, export
+
+
+def test_merging_what_was_trained_in_bf16_keeps_the_numbers_of_an_fp32_base(
+    world: World, tmp_path: Path, espalier: Command
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "merged"
+    assert espalier(*world.train("--precision", "bf16", "--quiet", "--out", run)).code == 0
+    said = espalier("merge", run, "--out", out)
+    assert "all in fp32" in said.out
+    assert all(x.dtype == torch.float32 for x in load_file(out / "model.safetensors").values())
 
 
 def test_merged_folder_stands_alone(world: World, tmp_path: Path, espalier: Command) -> None:

@@ -60,7 +60,7 @@ def merge_into(run: str, out: Path, model: str | None, precision: str, onto: str
     if onto not in ("dequantised", "original"):
         raise SettingError(f"--onto must be dequantised or original; got {onto!r}.")
     refuse_filled(out)
-    at = opened(run, model, precision)
+    at = opened(run, model, _own(run, model) if precision == "auto" else precision)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         whole = Path(folder) / "model"
@@ -81,6 +81,20 @@ def merge_into(run: str, out: Path, model: str | None, precision: str, onto: str
     )
 
 
+def _own(run: str, model: str | None) -> str:
+    """The type of a base's own numbers, that merging may round none; auto for one in few bits."""
+    import torch
+
+    from espalier.checkpoint import read_card
+    from espalier.training.models import load_config
+
+    base = read_card(run)["base"]
+    if base.get("quantised") or not (model or base["name"]):
+        return "auto"
+    own = load_config(model or base["name"]).dtype
+    return "bf16" if own == torch.bfloat16 else "fp32"
+
+
 def _whole(at: Adapted, folder: Path) -> str:
     """Merge in memory and save; returns what is to be said of it."""
     import espalier as esp
@@ -94,7 +108,7 @@ def _whole(at: Adapted, folder: Path) -> str:
     difference = _difference(at, folder, ids, before)
     return (
         f"Loaded again, its output on one input differs by at most {difference:.1e} from that of "
-        "base and adapter."
+        f"base and adapter, all in {at.precision}."
     )
 
 
