@@ -384,6 +384,7 @@ def test_predict_hands_rows_back_in_order(world: World, tmp_path: Path, espalier
         assert [row["prediction"] for row in csv.DictReader(file)] == [
             r["prediction"] for r in rows
         ]
+    espalier.fails("predict", world.classifier, out, saying=["is a file", "--data"])
     one = espalier("predict", world.classifier, given[0]["text"])
     assert json.loads(one.out)["prediction"] == rows[0]["prediction"]
 

@@ -144,6 +144,13 @@ def test_a_folder_gives_splits_and_label_names(tmp_path):
     assert [row.values["label"] for row in found.splits["train"]] == [1, 0, 1]
 
 
+def test_numbers_of_named_classes_are_no_amounts(tmp_path):
+    write(tmp_path / "train.jsonl", [{"text": "a", "label": i % 3} for i in range(6)])
+    (tmp_path / "labels.json").write_text('["yes", "no", "perhaps"]')
+    with pytest.raises(SettingError, match=r"numbers of classes.*yes, no, perhaps"):
+        read_task(str(tmp_path), task="regression")
+
+
 def test_hub_features_name_the_labels(tmp_path):
     import datasets
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,7 +62,9 @@ def command(
 ) -> None:
     """Predict rows: what comes in comes out again, with `prediction` and `probability`."""
     if bool(texts) == bool(data):
-        raise SettingError("Give either texts or --data.")
+        raise SettingError("Give either texts or --data; --data - reads stdin.")
+    if file := next(filter(os.path.isfile, texts or ()), None):
+        raise SettingError(f"{file} is a file; its rows are predicted with --data {file}")
     if out != "-":
         check_target(Path(out), overwrite)
     from espalier.tasks import Row

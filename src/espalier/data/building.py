@@ -54,6 +54,13 @@ def build_task(
     if form.task == "causal":
         return Causal(form.columns, None, form.kind, form.separator, system, chat_template)
     if form.task == "regression":
+        column = form.columns["label"]
+        if _is_named(column, names) and (stated := _stated_names(column, names)):
+            raise SettingError(
+                f"column {column!r} holds numbers of classes, whose names the data states "
+                f"({', '.join(stated[:3])}, …); {setting('task', 'regression')} would learn their "
+                "order. Leave it out, or take the names away"
+            )
         return Regression(form.columns)
     if form.task == "seq2seq":
         return Seq2Seq(form.columns, None, prefix)
