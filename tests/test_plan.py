@@ -237,6 +237,24 @@ def test_a_configuration_alone_is_enough_and_ways_out_fit(tmp_path: Path) -> Non
     assert f"--batch {last.plan.setup.batch}" in fit.command(last.plan.setup)
 
 
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.7])
+def test_ways_out_ask_for_nothing_that_later_ones_made_needless(
+    tmp_path: Path, share: float
+) -> None:
+    folder, how = folder_of(tmp_path), {"batch": 4, "length": 256, "device": "cpu"}
+    small = esp.plan(folder, "LoRA(sites='attention.q, attention.v')", **how).needed  # type: ignore[arg-type]
+    whole = esp.plan(folder, "FullTuning()", **how).needed  # type: ignore[arg-type]
+    memory = round(small + share * (whole - small))
+    found = esp.plan(folder, "FullTuning()", **how, memory=memory)  # type: ignore[arg-type]
+    last = found.ways[-1]
+    assert last.fits
+    for names in (("optimizer",), ("checkpointing",), ("length", "target_length")):
+        back = {name: getattr(found.setup, name) for name in names}
+        undone = dataclasses.replace(last.plan.setup, **back)
+        if undone != last.plan.setup:
+            assert of_step(Rehearsal(undone), undone).needed > memory
+
+
 def test_the_command_says_it_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = Command(capsys)
     words = ["plan", "--model", folder_of(tmp_path), "--method", "lora", "--rank", 4]

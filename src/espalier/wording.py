@@ -43,7 +43,14 @@ def setting(name: str, value: Any = _UNSAID) -> str:
         return flag(f"no_{name}")
     if isinstance(value, Mapping):
         value = _pairs(value)
-    return f"{flag(name)} {shlex.quote(str(value))}"
+    return f"{flag(name)} {quoted(str(value))}"
+
+
+def quoted(text: str) -> str:
+    """A text as one word of a shell, with the quotes that leave it readable."""
+    if "'" in text and not set(text) & set('"$`\\!'):
+        return f'"{text}"'
+    return shlex.quote(text)
 
 
 def _pairs(value: Mapping[Any, Any]) -> str:

@@ -13,7 +13,7 @@ from espalier.planning.rehearsal import Rehearsal
 from espalier.planning.setup import Setup
 from espalier.recipes import Recipe, recipe
 from espalier.storage import Storage
-from espalier.wording import setting
+from espalier.wording import quoted, setting
 
 if TYPE_CHECKING:
     from espalier.planning.estimate import Plan
@@ -102,10 +102,44 @@ def ways(rehearsal: Rehearsal, found: Plan, memory: int) -> Iterator[Way]:
             way = Way(told, plan, plan.needed <= memory)
             yield way
         if plan.needed <= memory:
+            spared = _spared(plan, rehearsal, found.setup, memory)
+            if spared is not None:
+                yield spared
             return
     if way is None:
         plan = of_step(rehearsal, _with_batch(setup, 1))
         yield Way((_batch_words(plan.setup), *changes), plan, plan.needed <= memory)
+
+
+def _spared(plan: Plan, rehearsal: Rehearsal, asked: Setup, memory: int) -> Way | None:
+    """A way without the changes that later ones made needless, dearest first; None without any."""
+    from espalier.planning.estimate import of_step
+
+    full = setup = plan.setup
+    for names in (*reversed(_CHANGED), ("batch", "accumulate")):
+        back = dataclasses.replace(setup, **{name: getattr(asked, name) for name in names})
+        if "recipe" in names or back == setup:
+            continue
+        try:
+            again = rehearsal if back.same_base == setup.same_base else Rehearsal(back)
+        except EspalierError:  # the method cannot stand on what the base was
+            continue
+        if _floor(again, back) > memory:
+            continue
+        less = of_step(again, back)
+        if less.needed <= memory:
+            setup, rehearsal, plan = back, again, less
+    return Way(tuple(_told(asked, setup)), plan, True) if setup != full else None
+
+
+def _told(asked: Setup, setup: Setup) -> Iterator[str]:
+    """Every difference of two setups, in words."""
+    if setup.batch != asked.batch:
+        yield _batch_words(setup)
+    for names in _CHANGED:
+        changed = dataclasses.replace(asked, **{name: getattr(setup, name) for name in names})
+        if changed != asked:
+            yield _difference(asked, changed)
 
 
 def _floor(rehearsal: Rehearsal, setup: Setup) -> int:
@@ -207,6 +241,12 @@ _CHANGES: tuple[Change, ...] = (
 )  # fmt: skip
 
 
+# What they change, in their order.
+_CHANGED = (
+    ("optimizer",), ("checkpointing",), ("storage",), ("length", "target_length"), ("recipe",),
+)  # fmt: skip
+
+
 def _batch_words(setup: Setup) -> str:
     batch, accumulate = setting("batch", setup.batch), setting("accumulate", setup.accumulate)
     return f"{batch} with {accumulate} (the same step)"
@@ -226,9 +266,7 @@ def _difference(old: Setup, new: Setup) -> str:
 
 def flags(setup: Setup) -> list[str]:
     """The settings of a setup as flags, those that differ from the defaults."""
-    import shlex
-
-    found = ["--model", shlex.quote(setup.model), "--method", shlex.quote(str(setup.recipe))]
+    found = ["--model", quoted(setup.model), "--method", quoted(str(setup.recipe))]
     found += ["--batch", str(setup.batch)]
     if setup.accumulate > 1:
         found += ["--accumulate", str(setup.accumulate)]

@@ -13,6 +13,7 @@ import yaml
 from espalier.recipes import Recipe
 from espalier.shipped import located
 from espalier.training.config import RunConfig
+from espalier.wording import quoted
 
 if TYPE_CHECKING:
     from espalier.tasks import Row, Task
@@ -124,4 +125,4 @@ def _shown(value: float | None) -> str:
 
 
 def _quoted(text: str) -> str:
-    return shlex.quote(" ".join(text.split())[:60])
+    return quoted(" ".join(text.split())[:60])
