@@ -21,6 +21,7 @@ import tiny_runs as tiny
 import zoo
 from command_line import Command, write_rows
 from espalier.errors import CheckpointError, SettingError, TrainingError
+from espalier.fast import drop
 from espalier.planning import fit
 from espalier.planning.estimate import moments, of_step
 from espalier.planning.rehearsal import Rehearsal
@@ -89,8 +90,12 @@ def test_saved_and_peak_bytes_are_those_of_a_real_step(family: str, method: str)
         assert max(told.line()) == max(real.line())
 
 
-def test_saved_bytes_agree_with_autograd_own_hooks() -> None:
+@pytest.mark.parametrize("small", [0, drop.SMALL])
+def test_saved_bytes_agree_with_autograd_own_hooks(
+    small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Another oracle: what autograd says it saves, each storage once, parameters left out."""
+    monkeypatch.setattr(drop, "SMALL", small)  # the base's dropout by a seed, and torch's own
     model = zoo.bert()
     setup = setup_of(model, RECIPES[0])
     told = Rehearsal(setup).step(setup).saved()

@@ -179,7 +179,7 @@ def in_training(
     if q.dtype != torch.bfloat16 and not (dropout and q.dtype == torch.float32):
         return None
     shares = q.shape[:3].numel() * k.shape[2]
-    if dropout and (dropout >= 1 or shares < drop.SMALL or type(q) is not Tensor):
+    if dropout and (dropout >= 1 or shares < drop.SMALL or not drop.plain(q)):
         return None
     causal = given.get("is_causal", getattr(module, "is_causal", True))
     causal = bool(causal) and mask is None and q.shape[2] > 1

@@ -84,6 +84,11 @@ def dropped(x: Tensor, share: float) -> Tensor:
     return _Dropped.apply(x, share, drawn())  # type: ignore[return-value]
 
 
+def plain(x: Tensor) -> bool:
+    """Whether x lies on a CPU and is torch's own, or a plan's; not sharded, nested or the like."""
+    return type(x).__name__ in ("Tensor", "FakeTensor") and x.device.type == "cpu"
+
+
 def drawn() -> int:
     """A seed, from torch's own generator: checkpoints and resumed runs draw the same again."""
     seed = torch.randint(1 << 32, (), device="cpu")

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from espalier.attention import Attention, callers
 from espalier.fast import drop
 from espalier.fast.attention import suits
-from espalier.fast.drop import dropped
 from espalier.fast.gated import act_of, gated
 from espalier.fast.norm import Law, norm_law, rms_norm
 from espalier.fast.rotary import rotating_twin
@@ -82,11 +81,10 @@ class QuickDropout:
         if len(args) != 1 or kwargs or not 0 < share < 1 or host.inplace:
             return None
         x: Tensor = args[0]
-        plain = type(x).__name__ in ("Tensor", "FakeTensor")  # a plan's are fake
-        if not plain or x.device.type != "cpu" or not x.is_floating_point():
+        if not drop.plain(x) or not x.is_floating_point():
             return None
         # torch's own keeps other strides.
-        return dropped(x, share) if x.numel() >= drop.SMALL and x.is_contiguous() else None
+        return drop.dropped(x, share) if x.numel() >= drop.SMALL and x.is_contiguous() else None
 
 
 Quick = QuickNorm | QuickFeed | QuickAttention | QuickDropout
