@@ -315,7 +315,7 @@ def test_memory_that_is_not_free_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
     free = psutil.virtual_memory()._replace(available=10_000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-    with pytest.raises(SettingError, match="10 kB of memory are free; use disk"):
+    with pytest.raises(SettingError, match="10 kB of memory are free; use trunk_cache='disk'"):
         fit("bert, LoRA above", trunk_cache="memory")
 
 
