@@ -15,18 +15,31 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from espalier.fast import drop
-from espalier.fast.switch import enabled
+from espalier.fast.switch import enabled, ordinary
 
 _KNOWN = frozenset(("scaling", "dropout", "is_causal", "sliding_window", "position_ids"))
 
 BLOCK = 256  # queries
+
+
+class _How(NamedTuple):
+    """The factor s on scores, whether queries see no later key, the share dropped and its seed."""
+
+    scale: float
+    causal: bool
+    dropout: float = 0.0
+    seed: int = 0
+
+    def keeps(self, shares: Tensor, rows: slice) -> Tensor:
+        """Which shares of a block of queries dropout leaves."""
+        return drop.keeps(shares, self.dropout, self.seed + rows.start)
 
 
 class _Batched(torch.autograd.Function):
@@ -47,51 +60,35 @@ class _Batched(torch.autograd.Function):
         return *_back(g, *ctx.saved_tensors, *ctx.how), *[None] * (1 + len(ctx.how))
 
 
-def _attend(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    dropout: float = 0.0,
-    seed: int = 0,
-) -> Tensor:
+def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *given: Any) -> Tensor:
     """What queries (B, h, T, d) take from keys and values (B·h_kv, S, d): (B, T, h, d)."""
+    how = _How(*given)
     batch, heads, length, _ = q.shape
     out = q.new_empty(batch, length, heads, values.shape[-1])
-    for rows, seen in _blocks(length, keys.shape[1], causal):
-        shares = _shares(q, keys, mask, scale, causal, rows, seen)
-        if dropout:
-            shares = drop.left(shares, drop.keeps(shares, dropout, seed + rows.start))
+    for rows, seen in _blocks(length, keys.shape[1], how.causal):
+        shares = _shares(q, keys, mask, how, rows, seen)
+        if how.dropout:
+            shares = drop.left(shares, how.keeps(shares, rows))
         block = torch.bmm(shares, values[:, :seen])
         out[:, rows] = _apart(block, q, rows).transpose(1, 2)
-    return out.mul_(drop.gain(dropout)) if dropout else out
+    return out.mul_(drop.gain(how.dropout)) if how.dropout else out
 
 
 def _back(
-    g: Tensor,
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    causal: bool,
-    dropout: float = 0.0,
-    seed: int = 0,
+    g: Tensor, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, *given: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, keys and values for that of the result, g (B, T, h, d)."""
-    heads = len(keys) // len(q)
-    g = g * drop.gain(dropout) if dropout else g
+    how, heads = _How(*given), len(keys) // len(q)
+    g = g * drop.gain(how.dropout) if how.dropout else g
     dq = torch.empty_like(q)
     dk = dv = None
-    for rows, seen in reversed(list(_blocks(q.shape[2], keys.shape[1], causal))):
-        shares = _shares(q, keys, mask, scale, causal, rows, seen)
+    for rows, seen in reversed(list(_blocks(q.shape[2], keys.shape[1], how.causal))):
+        shares = _shares(q, keys, mask, how, rows, seen)
         go = _together(g[:, rows].transpose(1, 2), heads)
         gs = torch.bmm(go, values[:, :seen].transpose(1, 2))
         taken = shares
-        if dropout:
-            keeps = drop.keeps(shares, dropout, seed + rows.start)
+        if how.dropout:
+            keeps = how.keeps(shares, rows)
             taken, gs = drop.left(shares, keeps), drop.left(gs, keeps)
         more = torch.bmm(go.transpose(1, 2), taken).transpose(1, 2)
         gs = torch._softmax_backward_data(gs, shares, -1, shares.dtype)
@@ -101,10 +98,10 @@ def _back(
         else:
             dk[:, :seen] += more_k
             dv[:, :seen] += more
-        dq[:, :, rows] = _apart(torch.bmm(gs, keys[:, :seen]).mul_(scale), q, rows)
+        dq[:, :, rows] = _apart(torch.bmm(gs, keys[:, :seen]).mul_(how.scale), q, rows)
     assert dk is not None
     assert dv is not None
-    return dq, dk.mul_(scale), dv
+    return dq, dk.mul_(how.scale), dv
 
 
 # For torch.compile the same is two operations: a loop over blocks would be unrolled for one length.
@@ -179,7 +176,7 @@ def in_training(
     if q.dtype != torch.bfloat16 and not (dropout and q.dtype == torch.float32):
         return None
     shares = q.shape[:3].numel() * k.shape[2]
-    if dropout and (dropout >= 1 or shares < drop.SMALL or not drop.plain(q)):
+    if dropout and (dropout >= 1 or shares < drop.SMALL or not ordinary(q)):
         return None
     causal = given.get("is_causal", getattr(module, "is_causal", True))
     causal = bool(causal) and mask is None and q.shape[2] > 1
@@ -243,21 +240,21 @@ def _blocks(queries: int, keys: int, causal: bool) -> Iterator[tuple[slice, int]
 
 
 def _shares(
-    q: Tensor, keys: Tensor, mask: Tensor | None, scale: float, causal: bool, rows: slice, seen: int
+    q: Tensor, keys: Tensor, mask: Tensor | None, how: _How, rows: slice, seen: int
 ) -> Tensor:
     """What a block of queries takes of each key it can see: (B·h_kv, h/h_kv · rows, seen)."""
     batch, heads = len(q), len(keys) // len(q)
     queries = _together(q[:, :, rows], heads)
     count = rows.stop - rows.start
-    if causal:
+    if how.causal:
         added = _later(count, seen, q.shape[1] // heads, q.dtype)
     elif mask is not None:
         part = mask if mask.shape[2] == 1 else mask[:, :, rows]
         part = part.expand(batch, heads, count, seen).repeat(1, 1, q.shape[1] // heads, 1)
         added = part.flatten(0, 1)
     else:
-        return torch.bmm(queries, keys.transpose(1, 2)).mul_(scale).softmax(-1)
-    scores = torch.baddbmm(added, queries, keys[:, :seen].transpose(1, 2), alpha=scale)
+        return torch.bmm(queries, keys.transpose(1, 2)).mul_(how.scale).softmax(-1)
+    scores = torch.baddbmm(added, queries, keys[:, :seen].transpose(1, 2), alpha=how.scale)
     return scores.softmax(-1)
 
 

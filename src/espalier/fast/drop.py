@@ -70,23 +70,21 @@ class _Dropped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, share: float, seed: int) -> Tensor:
         ctx.how = share, seed
-        return left(x, keeps(x, share, seed)).mul_(gain(share))
+        return _drop(x, share, seed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        share, seed = ctx.how
-        return left(g, keeps(g, share, seed)).mul_(gain(share)), None, None
+        return _drop(g, *ctx.how), None, None
+
+
+def _drop(x: Tensor, share: float, seed: int) -> Tensor:
+    return left(x, keeps(x, share, seed)).mul_(gain(share))
 
 
 def dropped(x: Tensor, share: float) -> Tensor:
     """X (…) with a share of its numbers set to zero and the rest scaled up; keeps a seed."""
     return _Dropped.apply(x, share, drawn())  # type: ignore[return-value]
-
-
-def plain(x: Tensor) -> bool:
-    """Whether x lies on a CPU and is torch's own, or a plan's; not sharded, nested or the like."""
-    return type(x).__name__ in ("Tensor", "FakeTensor") and x.device.type == "cpu"
 
 
 def drawn() -> int:

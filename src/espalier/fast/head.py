@@ -23,7 +23,7 @@ from espalier import hosts
 from espalier.deltas import Delta
 from espalier.errors import AdapterError
 from espalier.fast.deferred import Logits, Source
-from espalier.fast.switch import enabled
+from espalier.fast.switch import enabled, ordinary
 from espalier.modules import base_modules, unwrap
 
 if TYPE_CHECKING:
@@ -97,9 +97,7 @@ class Head:
         if len(args) != 1 or kwargs or self.graft.rows is not None:
             return False
         x = args[0]
-        if type(x).__name__ not in ("Tensor", "FakeTensor"):  # a plan's have shapes and no memory
-            return False
-        return x.dim() > 1 and x.is_floating_point() and x.numel() > 0
+        return ordinary(x) and x.dim() > 1 and x.is_floating_point() and x.numel() > 0
 
     def _deferred(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Logits | None:
         """Logits of x for later; None where they cannot be made in chunks."""

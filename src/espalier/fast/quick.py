@@ -13,7 +13,7 @@ from espalier.fast.attention import suits
 from espalier.fast.gated import act_of, gated
 from espalier.fast.norm import Law, norm_law, rms_norm
 from espalier.fast.rotary import rotating_twin
-from espalier.fast.switch import enabled
+from espalier.fast.switch import enabled, ordinary
 from espalier.modules import base_modules
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class QuickDropout:
         if len(args) != 1 or kwargs or not 0 < share < 1 or host.inplace:
             return None
         x: Tensor = args[0]
-        if not drop.plain(x) or not x.is_floating_point():
+        if not ordinary(x) or x.device.type != "cpu" or not x.is_floating_point():
             return None
         # torch's own keeps other strides.
         return drop.dropped(x, share) if x.numel() >= drop.SMALL and x.is_contiguous() else None

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 _plain = 0  # how many `plain_paths` are entered
 
@@ -17,6 +18,13 @@ def enabled() -> bool:
     if torch.compiler.is_compiling():
         return True
     return torch._C._functorch.peek_interpreter_stack() is None  # type: ignore[attr-defined]
+
+
+def ordinary(x: Tensor) -> bool:
+    """Whether x is torch's own, or a plan's, which has a shape and no memory; not sharded, nested
+    or another library's.
+    """
+    return type(x).__name__ in ("Tensor", "FakeTensor")
 
 
 @contextmanager

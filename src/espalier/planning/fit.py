@@ -90,7 +90,7 @@ def ways(rehearsal: Rehearsal, found: Plan, memory: int) -> Iterator[Way]:
             before = _floor(rehearsal, setup) if floor > memory else least
             if lowest > 0.98 * before and change is not _shorter:
                 continue  # it is not worth its price here
-            changes = (*changes, _difference(setup, changed))
+            changes = (*changes, *_told(setup, changed))
         rehearsal, setup = tried, changed
         if floor > memory:  # no batch is small enough
             continue
@@ -116,9 +116,9 @@ def _spared(plan: Plan, rehearsal: Rehearsal, asked: Setup, memory: int) -> Way 
     from espalier.planning.estimate import of_step
 
     full = setup = plan.setup
-    for names in (*reversed(_CHANGED), ("batch", "accumulate")):
+    for names in _BACK:
         back = dataclasses.replace(setup, **{name: getattr(asked, name) for name in names})
-        if "recipe" in names or back == setup:
+        if back == setup:
             continue
         try:
             again = rehearsal if back.same_base == setup.same_base else Rehearsal(back)
@@ -130,16 +130,6 @@ def _spared(plan: Plan, rehearsal: Rehearsal, asked: Setup, memory: int) -> Way 
         if less.needed <= memory:
             setup, rehearsal, plan = back, again, less
     return Way(tuple(_told(asked, setup)), plan, True) if setup != full else None
-
-
-def _told(asked: Setup, setup: Setup) -> Iterator[str]:
-    """Every difference of two setups, in words."""
-    if setup.batch != asked.batch:
-        yield _batch_words(setup)
-    for names in _CHANGED:
-        changed = dataclasses.replace(asked, **{name: getattr(setup, name) for name in names})
-        if changed != asked:
-            yield _difference(asked, changed)
 
 
 def _floor(rehearsal: Rehearsal, setup: Setup) -> int:
@@ -241,9 +231,10 @@ _CHANGES: tuple[Change, ...] = (
 )  # fmt: skip
 
 
-# What they change, in their order.
-_CHANGED = (
-    ("optimizer",), ("checkpointing",), ("storage",), ("length", "target_length"), ("recipe",),
+# What a way out may give back, dearest first.
+_BACK = (
+    ("length", "target_length"), ("storage",), ("checkpointing",), ("optimizer",),
+    ("batch", "accumulate"),
 )  # fmt: skip
 
 
@@ -252,16 +243,20 @@ def _batch_words(setup: Setup) -> str:
     return f"{batch} with {accumulate} (the same step)"
 
 
-def _difference(old: Setup, new: Setup) -> str:
+def _told(old: Setup, new: Setup) -> Iterator[str]:
+    """Every difference of two setups, in words."""
+    if new.batch != old.batch:
+        yield _batch_words(new)
     if new.optimizer != old.optimizer:
-        return setting("optimizer", new.optimizer)
+        yield setting("optimizer", new.optimizer)
     if new.checkpointing != old.checkpointing:
-        return f"{setting('checkpointing', True)} (about 1/3 slower)"
+        yield f"{setting('checkpointing', True)} (about 1/3 slower)"
     if new.storage != old.storage:
-        return f"{setting('quantize', 'nf4')} (the base in 4 bits)"
+        yield f"{setting('quantize', 'nf4')} (the base in 4 bits)"
     if new.length != old.length:
-        return f"{setting('max_length', new.length)} (data is cut)"
-    return setting("method", str(new.recipe))
+        yield f"{setting('max_length', new.length)} (data is cut)"
+    if new.recipe != old.recipe:
+        yield setting("method", str(new.recipe))
 
 
 def flags(setup: Setup) -> list[str]:
